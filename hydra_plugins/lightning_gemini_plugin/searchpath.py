@@ -1,0 +1,39 @@
+"""Puts the config pack on the search path of every Hydra app, so that `+strategy=gemini` works in a project that never heard of it.
+
+Every Hydra app on the machine imports this module, most of which never train with us. So it imports hydra and the standard library
+only, does not import `lightning_gemini` (which imports torch), and where the pack is not found it adds nothing rather than fail.
+
+There is deliberately no ConfigStore schema. Hydra makes a composed config strict by itself: an override of a key that the YAML lacks is
+an error. What gets past that (a `+` override, a key in the user's own file, a wrong type) is refused by `lightning_gemini.config.parse`
+when the strategy is instantiated, before any process starts. A schema would tie the user's config to classes loaded here under a makeshift
+module name, and launchers and checkpoints pickle configs together with their classes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+
+class LightningGeminiSearchPath(SearchPathPlugin):
+    """Appends our `configs` directory: after the user's own, whose files of the same name therefore win."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        directory = config_directory()
+        if directory is not None:
+            search_path.append(provider="lightning-gemini", path=f"file://{directory}")
+
+
+def config_directory() -> Path | None:
+    """The directory of the config pack: inside the package in a wheel, beside it in a checkout."""
+    spec = importlib.util.find_spec("lightning_gemini")  # finds a top-level package without running it
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        package = Path(location)
+        # `pkg://` would need an __init__.py among the YAML files; and a `configs` beside a package may be anyone's, hence the look inside.
+        for directory in (package / "configs", package.parent / "configs"):
+            if (directory / "strategy" / "gemini.yaml").is_file():
+                return directory
+    return None

@@ -1,0 +1,48 @@
+"""lightning_gemini: the death of a rank costs seconds and no completed step.
+
+Importing it registers the strategies "gemini" and "gemini_fsdp2" with Lightning. The agent's process imports the package too, and must
+start in milliseconds without torch, so there the public names are loaded only when they are asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_gemini.callback import GeminiCallback
+    from lightning_gemini.config import FaultConfig, GeminiConfig, RecoveryConfig, SnapshotConfig, TelemetryConfig
+    from lightning_gemini.strategy import GeminiFSDP2Strategy, GeminiStrategy
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GeminiCallback": "callback",
+    "GeminiStrategy": "strategy",
+    "GeminiFSDP2Strategy": "strategy",
+    "GeminiConfig": "config",
+    "SnapshotConfig": "config",
+    "RecoveryConfig": "config",
+    "TelemetryConfig": "config",
+    "FaultConfig": "config",
+}
+__all__ = ["FaultConfig", "GeminiCallback", "GeminiConfig", "GeminiFSDP2Strategy", "GeminiStrategy", "RecoveryConfig", "SnapshotConfig", "TelemetryConfig", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def _is_agent_or_cli() -> bool:
+    return "lightning_gemini.agent" in sys.orig_argv or os.path.basename(sys.argv[0] or "") == "lightning-gemini"
+
+
+if not _is_agent_or_cli():
+    from lightning_gemini.strategy import register
+
+    register()

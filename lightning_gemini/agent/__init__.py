@@ -1,0 +1,1 @@
+"""The node agent: supervises ranks and spares, owns the snapshot memory, decides recoveries. Imports neither torch nor lightning."""

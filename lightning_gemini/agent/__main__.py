@@ -1,0 +1,3 @@
+from lightning_gemini.agent.main import main
+
+raise SystemExit(main())

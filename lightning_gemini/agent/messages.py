@@ -1,0 +1,163 @@
+"""Typed control messages between a rank and its node's agent.
+
+Seam: msgspec structs, MessagePack on the wire (no pickle), one message per datagram of a `SOCK_SEQPACKET` pair that the agent
+creates before it starts the process, so that nothing listens and no stranger can connect. A message that does not decode ends that
+connection, and with it that process; nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Message(msgspec.Struct, tag_field="type", kw_only=True):
+    """Base of all messages."""
+
+
+# ---- rank -> agent
+
+
+class Hello(Message, tag="hello"):
+    """A process has reached `fit`. `config` is the strategy's GeminiConfig as plain values."""
+
+    pid: int
+    config: dict[str, Any]
+    directory: str
+    """Folder of the telemetry files."""
+
+
+class Waiting(Message, tag="waiting"):
+    """A spare has run the script up to `fit` and waits for a rank."""
+
+
+class Fault(Message, tag="fault"):
+    """This rank raised: `where` names the place, `error` is the traceback's text. Not recoverable: the job must end with it."""
+
+    generation: int
+    step: int
+    where: str
+    error: str
+    recoverable: bool = True
+    at_ns: int = 0
+    """When it was raised, on the machine's monotonic clock."""
+
+
+class Stopped(Message, tag="stopped"):
+    """This rank stands still for recovery `generation`: the answer to `Recover`."""
+
+    generation: int
+    step: int
+    """Its newest committed boundary, and thus the step of its live state unless `wrote`."""
+    wrote: bool
+    """The optimizer of `step` has begun to write: live tensors are no source."""
+    in_step: bool
+    unwinding: bool
+    """It re-enters `fit` from its snapshot: it counts as replaced."""
+    counters: dict[str, int]
+    """Collectives completed outside steps, by group."""
+
+
+class Progress(Message, tag="progress"):
+    """A phase of recovery `generation` is over on this rank: regrouped, restored or resumed."""
+
+    generation: int
+    phase: str
+    step: int = -1
+
+
+class Left(Message, tag="left"):
+    """`fit` has returned on this rank."""
+
+
+class StoreSet(Message, tag="set"):
+    """Rendezvous: publish a key of `generation`."""
+
+    generation: int
+    key: str
+    value: bytes
+
+
+class StoreGet(Message, tag="get"):
+    """Rendezvous: ask for keys of `generation`; the answer comes when all are there."""
+
+    request: int
+    generation: int
+    keys: list[str]
+
+
+# ---- agent -> rank
+
+
+class Assign(Message, tag="assign"):
+    """A spare becomes `rank` in `generation`."""
+
+    rank: int
+    generation: int
+
+
+class Recover(Message, tag="recover"):
+    """A new generation begins: stop at the next safe place and answer `Stopped`."""
+
+    generation: int
+    reason: str
+
+
+class Plan(Message, tag="plan"):
+    """What every rank does in `generation`; see `recovery.plan`."""
+
+    generation: int
+    target: int
+    rewind: bool
+    replaced: list[int]
+    donors: dict[int, int]
+    """rank whose shard at `target` is not committed -> rank that writes it from its live replica."""
+    logs: dict[str, tuple[int, int]]
+    """group -> (collectives completed by the furthest rank, that rank)."""
+
+
+class StoreValues(Message, tag="values"):
+    """Answer to `StoreGet`; `values` is None when the generation is over."""
+
+    request: int
+    values: list[bytes] | None
+
+
+class Recovered(Message, tag="recovered"):
+    """The first step after a recovery is complete on all ranks: seconds by phase."""
+
+    generation: int
+    reason: str
+    step: int
+    seconds: dict[str, float]
+    count: int
+
+
+class Stop(Message, tag="stop"):
+    """The job ends: leave at once."""
+
+    reason: str
+
+
+FromRank = Hello | Waiting | Fault | Stopped | Progress | Left | StoreSet | StoreGet
+FromAgent = Assign | Recover | Plan | StoreValues | Recovered | Stop
+
+_encoder = msgspec.msgpack.Encoder()
+_from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
+_from_agent: msgspec.msgpack.Decoder[FromAgent] = msgspec.msgpack.Decoder(FromAgent)
+
+
+def encode(message: Message) -> bytes:
+    """Message -> one datagram."""
+    return _encoder.encode(message)
+
+
+def decode_from_rank(data: bytes) -> FromRank:
+    """Datagram of a rank -> message. Raises `msgspec.DecodeError`, also for a message of the wrong direction or types."""
+    return _from_rank.decode(data)
+
+
+def decode_from_agent(data: bytes) -> FromAgent:
+    """Datagram of the agent -> message. Raises `msgspec.DecodeError`."""
+    return _from_agent.decode(data)

@@ -1,0 +1,87 @@
+"""What is refused, before the first step: each with one error that names the key, the value and the remedy."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_gemini.state.catalogue import Entry, layout
+
+
+def ddp_arguments(kwargs: dict[str, Any]) -> None:
+    """Keyword arguments that neither DDPStrategy nor DistributedDataParallel knows are typos."""
+    known = set(inspect.signature(DDPStrategy.__init__).parameters) | set(inspect.signature(DistributedDataParallel.__init__).parameters)
+    known -= {"self", "kwargs", "module", "process_group", "cluster_environment"}
+    for key in kwargs:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}={kwargs[key]!r} for GeminiStrategy: known keys are snapshot, recovery, telemetry, faults, "
+                             f"{', '.join(sorted(known))}")  # fmt: skip
+    if kwargs.get("static_graph"):
+        raise ValueError("static_graph=True is not supported: a repeated step is a second graph to DDP; leave it out")
+    if kwargs.get("start_method", "popen") != "popen":
+        raise ValueError(f"start_method={kwargs['start_method']!r} is not supported: the agent starts the ranks; leave it out")
+
+
+def world_of(strategy: Any) -> int:
+    """The number of ranks; one cannot be recovered by others."""
+    world = strategy.num_nodes * strategy.num_processes
+    if strategy.num_nodes != 1:
+        raise ValueError(f"num_nodes={strategy.num_nodes} is not supported yet: use num_nodes=1")
+    if world < 2:
+        raise ValueError(f"devices={world} leaves nobody to recover from: set Trainer(devices=2) or more, or use strategy='auto'")
+    given = os.environ.get("LIGHTNING_GEMINI_WORLD")
+    if given is not None and int(given) != world:
+        raise ValueError(f"devices={world} differs from --nproc-per-node={given}: give both the same number")
+    return world
+
+
+def writable(directory: str, key: str) -> None:
+    """The directory can be made and written."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{key}={directory!r} cannot be made ({error.strerror}): give a directory that can be written") from None
+    if not os.access(directory, os.W_OK):
+        raise ValueError(f"{key}={directory!r} cannot be written: give a directory that can be written")
+
+
+def trainer(strategy: Any, trainer_: pl.Trainer) -> None:
+    """Trainer settings that cannot be repeated in place."""
+    if not strategy.replicated and trainer_.accumulate_grad_batches > 1:
+        raise ValueError(
+            f"accumulate_grad_batches={trainer_.accumulate_grad_batches} with gemini_fsdp2 is not supported: FSDP2 communicates in every "
+            "micro-batch, which could not be repeated alone; use a larger batch, or strategy='gemini'"
+        )
+
+
+def optimizer(optimizer_: torch.optim.Optimizer) -> None:
+    """An optimizer whose state can be read and put back, and that writes after its closure."""
+    if not isinstance(optimizer_, torch.optim.Optimizer):
+        raise ValueError(f"optimizer {type(optimizer_).__name__} has no torch.optim.Optimizer interface (state_dict, state): it cannot be restored")
+    if isinstance(optimizer_, torch.optim.LBFGS):
+        raise ValueError("optimizer LBFGS runs its closure several times between writes, which cannot be repeated: use another optimizer")
+    try:
+        optimizer_.state_dict()
+    except Exception as error:
+        raise ValueError(f"optimizer {type(optimizer_).__name__}.state_dict() failed ({error}): it cannot be restored") from error
+
+
+def same_layout(entries: list[Entry], replicated: bool) -> None:
+    """All ranks hold the same parameters, in name, shape and dtype; with DDP in value too, which DDP itself sees to."""
+    mine = layout(entries) if replicated else [(entry.name, [], str(entry.tensor.dtype)) for entry in entries]
+    others: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(others, mine)
+    for rank, theirs in enumerate(others):
+        if theirs == others[0]:
+            continue
+        difference = next((pair for pair in zip(others[0], theirs, strict=False) if pair[0] != pair[1]), (len(others[0]), len(theirs)))
+        raise ValueError(
+            f"rank {rank} does not hold the same parameters as rank 0: {difference[1]} instead of {difference[0]}; build the model alike on all ranks"
+        )

@@ -1,0 +1,150 @@
+"""Lightning's private corners, for versions 2.5 and 2.6.
+
+Why each is needed (no public way exists):
+    progress       loops have `load_state_dict`, but it also arms restart logic that would skip work when state is put back in mid-step.
+    results        values of `self.log(on_epoch=True)` accumulate in `_results`; without them a replaced rank logs another epoch mean.
+    metrics        `callback_metrics` are properties over dicts that only the logger connector writes.
+    closure        a rank that lands after the optimizer's write returns the closure's result without running it again.
+    re-entry       `fit` builds its loaders once and keeps them; a second entry in the same process must build them anew.
+    logger version a replaced rank 0 must go on in its predecessor's folder instead of opening the next `version_N`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
+from lightning.pytorch.loops.progress import _BaseProgress
+from torch import nn
+
+_RESTART_FLAGS = ("_restarting", "_loaded_from_state_dict", "_resuming_from_checkpoint")
+
+
+def _loops(loop: _Loop, path: str = "fit") -> Iterator[tuple[str, _Loop]]:
+    yield path, loop
+    for name, value in vars(loop).items():
+        if isinstance(value, _Loop):
+            yield from _loops(value, f"{path}.{name}")
+
+
+def capture_loops(trainer: pl.Trainer) -> dict[str, Any]:
+    """Progress of all loops of `fit`, and the values logged so far in the epoch."""
+    state: dict[str, Any] = {}
+    for path, loop in _loops(trainer.fit_loop):
+        progress = {name: value.state_dict() for name, value in vars(loop).items() if isinstance(value, _BaseProgress)}
+        state[path] = {"progress": progress, "own": loop.on_save_checkpoint() if path != "fit" else {}}
+        results = getattr(loop, "_results", None) if "_results" in vars(loop) else None
+        if results is not None:
+            state[path]["results"] = dict(results)
+            state[path]["results_meta"] = (results.training, results.batch_size, results.dataloader_idx)
+    return state
+
+
+def restore_loops(trainer: pl.Trainer, state: dict[str, Any]) -> None:
+    """Put back what `capture_loops` took, in place, and disarm Lightning's restart logic."""
+    for path, loop in _loops(trainer.fit_loop):
+        saved = state[path]
+        for name, progress in saved["progress"].items():
+            _load_progress(getattr(loop, name), progress)
+        if saved["own"]:
+            loop.on_load_checkpoint(saved["own"])
+        if "results" in saved:
+            results = vars(loop)["_results"]
+            results.clear()
+            results.update(saved["results"])
+            results.training, results.batch_size, results.dataloader_idx = saved["results_meta"]
+        for flag in _RESTART_FLAGS:
+            if hasattr(loop, flag):
+                setattr(loop, flag, False)
+        if hasattr(loop, "reset_restart_stage"):
+            loop.reset_restart_stage()
+
+
+def _load_progress(progress: Any, state: dict[str, Any]) -> None:
+    """As the progress' own `load_state_dict`, which builds new objects for its parts; others hold references to them."""
+    for name, value in state.items():
+        current = getattr(progress, name)
+        if isinstance(current, _BaseProgress):
+            _load_progress(current, value)
+        else:
+            setattr(progress, name, value)
+
+
+def position_loops(trainer: pl.Trainer, state: dict[str, Any]) -> None:
+    """Make the next `fit_loop.run` enter the epoch and batch in which `state` was captured, by Lightning's own way of resuming."""
+    destination: dict[str, Any] = {}
+    for path, saved in state.items():
+        prefix = path.removeprefix("fit").lstrip(".")
+        prefix = f"{prefix}." if prefix else ""
+        for name, progress in saved["progress"].items():
+            destination[prefix + name] = progress
+        destination[prefix + "state_dict"] = saved["own"]
+    trainer.fit_loop.load_state_dict(destination)
+
+
+def capture_metrics(trainer: pl.Trainer) -> tuple[dict[str, Any], ...]:
+    """What callbacks, loggers and the progress bar see."""
+    connector = trainer._logger_connector
+    return dict(connector._callback_metrics), dict(connector._logged_metrics), dict(connector._progress_bar_metrics)
+
+
+def restore_metrics(trainer: pl.Trainer, state: tuple[dict[str, Any], ...]) -> None:
+    """Inverse of `capture_metrics`."""
+    connector = trainer._logger_connector
+    connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics = (dict(part) for part in state)
+
+
+def closure_result(closure: Any) -> tuple[Any, ...] | None:
+    """(loss, extra) of an executed closure of the automatic loop; None for a closure the user wrapped in something else."""
+    result = getattr(closure, "_result", None) if isinstance(closure, Closure) else None
+    return (result.loss, dict(result.extra)) if isinstance(result, ClosureResult) else None
+
+
+def set_closure_result(closure: Any, saved: tuple[Any, ...] | None) -> bool:
+    """Make the closure look as if it had been executed with this result; False where that is not possible."""
+    if saved is None or not isinstance(closure, Closure):
+        return False
+    result = ClosureResult(closure_loss=saved[0], extra=saved[1])
+    result.closure_loss = None
+    closure._result = result
+    return True
+
+
+def forget_loaders(trainer: pl.Trainer) -> None:
+    """Undo what the first entry of `fit` set up, before a second entry in the same process."""
+    loop = trainer.fit_loop
+    if loop._data_fetcher is not None:
+        loop._data_fetcher.teardown()
+    loop._data_fetcher = None
+    loop._combined_loader = None
+    trainer._signal_connector.teardown()
+    model = trainer.lightning_module
+    for module in model.modules() if model is not None else ():
+        if "forward" in vars(module):  # left behind by _ForwardRedirection when the wrapped forward raised
+            del module.forward
+
+
+def drop_redirection(model: nn.Module) -> None:
+    """Remove a patched `forward` that an exception inside DDP's forward left on the module."""
+    vars(model).pop("forward", None)
+
+
+def logger_versions(trainer: pl.Trainer) -> list[Any]:
+    """The version of each logger's folder."""
+    return [getattr(logger, "version", None) for logger in trainer.loggers]
+
+
+def set_logger_versions(trainer: pl.Trainer, versions: list[Any]) -> None:
+    """Make loggers that have not opened their folder yet use these versions."""
+    for logger, version in zip(trainer.loggers, versions, strict=False):
+        if version is not None and getattr(logger, "_version", version) != version:
+            logger._version = version  # type: ignore[attr-defined]
+
+
+def unwrap_optimizers(trainer: pl.Trainer) -> list[torch.optim.Optimizer]:
+    """The raw optimizers."""
+    return [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.strategy.optimizers]

@@ -1,0 +1,72 @@
+"""torch's private corners: DDP's bucket layout and FSDP2's state after an aborted step.
+
+DDP rebuilds its buckets once, after its first backward, in the order in which gradients became ready; the layout decides the order of
+summation. A wrapper made later must be brought to the same layout, or its sums differ in the last bit. `impose_layout` does that without
+data and without peers: it makes gradients ready in the recorded order, one parameter after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+
+class ReadyOrder:
+    """Records the order in which DDP's parameters get their gradients, until the buckets are rebuilt."""
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        self.order: list[int] = []
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._hook(index))
+            for index, parameter in enumerate(p for p in ddp.module.parameters() if p.requires_grad)
+        ]
+
+    def _hook(self, index: int) -> Any:
+        def record(_: torch.Tensor) -> None:
+            self.order.append(index)
+
+        return record
+
+    def restart(self) -> None:
+        """A new backward begins."""
+        self.order.clear()
+
+    def freeze(self) -> list[int]:
+        """The first synchronized backward is over: stop recording."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        return self.order
+
+
+def impose_layout(ddp: DistributedDataParallel, order: list[int]) -> None:
+    """Bring a new wrapper to the buckets it would have after a first backward with gradients ready in `order`.
+
+    Call it while the group answers alone: DDP broadcasts the new layout from rank 0 when it rebuilds.
+    """
+    parameters = [p for p in ddp.module.parameters() if p.requires_grad]
+    if sorted(order) != list(range(len(parameters))):
+        raise RuntimeError("the recorded order of gradients does not name every parameter once: use find_unused_parameters=True")
+    saved = [parameter.grad for parameter in parameters]
+    ddp.reducer.prepare_for_backward([])
+    for index in order:
+        parameters[index].grad = None
+        torch.autograd.backward(parameters[index].reshape(-1)[:1].sum() * 0)
+    ddp.reducer._rebuild_buckets()
+    for parameter, grad in zip(parameters, saved, strict=True):
+        parameter.grad = grad
+
+
+def reset_fsdp(model: nn.Module) -> None:
+    """Bring FSDP2 modules back to their state between steps after a forward or backward that did not finish (torch >= 2.13)."""
+    if isinstance(model, FSDPModule):
+        if not hasattr(model, "reset_iter_state"):
+            raise RuntimeError("this version of torch cannot reset FSDP2 after an aborted step: torch >= 2.13 is needed")
+        model.reset_iter_state()
+    else:
+        for child in model.children():
+            reset_fsdp(child)

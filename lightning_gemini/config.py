@@ -1,0 +1,163 @@
+"""The typed options of lightning_gemini: one schema for Python, YAML and the command line.
+
+Seam: `GeminiConfig` is what the strategy holds and what the agent is told. `parse` turns plain mappings (a dict, an OmegaConf node)
+into it. Failure: an unknown key, a wrong type or a value out of range raises `ValueError` that names the key, the value and the
+remedy, before any process is started. Imports neither torch nor lightning: the agent and Hydra's plugin import it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_type_hints
+
+import msgspec
+
+FAULT_KINDS = ("kill", "raise", "stop", "exit", "segv")
+FAULT_POINTS = ("before_step", "forward", "backward", "optimizer", "after_step", "validation", "callback")
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, key: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{key}={value!r} is not valid: {remedy}")
+
+
+@dataclass(slots=True, kw_only=True)
+class SnapshotConfig:
+    """What is kept of each step, and how."""
+
+    every_n_steps: int = 1
+    """Cadence of tensor snapshots in optimizer steps. 1 loses no completed step; n > 1 may repeat up to n - 1 of them."""
+    background: bool = True
+    """Copy replicated tensors in a background thread, fenced before the next optimizer write. False copies inside the step."""
+    chunk_kib: int = 1024
+    """Unit of copying and hashing in KiB: small enough to stay in cache between the two."""
+    local_state_mib: int = 64
+    """Room for one rank's local state (RNG, loops, callbacks, metrics) in MiB, two slots each; touched only as far as used."""
+    collective_log_mib: int = 32
+    """Room for the results of collectives between two steps (validation metrics, barriers), replayed by a replaced rank."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_n_steps >= 1, "snapshot.every_n_steps", self.every_n_steps, "give the cadence in steps, 1 or more")
+        _require(4 <= self.chunk_kib <= 1 << 20, "snapshot.chunk_kib", self.chunk_kib, "give a size between 4 and 1048576 KiB")
+        _require(self.local_state_mib >= 1, "snapshot.local_state_mib", self.local_state_mib, "give at least 1 MiB")
+        _require(self.collective_log_mib >= 1, "snapshot.collective_log_mib", self.collective_log_mib, "give at least 1 MiB")
+
+
+@dataclass(slots=True, kw_only=True)
+class RecoveryConfig:
+    """How a fault is detected and answered."""
+
+    spares: int = 1
+    """Warm processes kept ready on the node; each has run the script up to `fit`. 0 starts a replacement only when it is needed."""
+    max_faults_per_step: int = 3
+    """After so many faults in the same step the job ends with the fault's own error: it is a bug, not bad luck."""
+    heartbeat_timeout_s: float = 60.0
+    """A rank whose watcher thread is silent for so long is killed and replaced. A stopped process (SIGSTOP) is noticed in a second."""
+    regroup_timeout_s: float = 600.0
+    """How long a recovery waits for a rank to reach its next collective, or for a spare to become ready."""
+    collective_timeout_s: float = 1800.0
+    """Limit of one collective inside a group, as `timeout` in Lightning's strategies."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.spares <= 64, "recovery.spares", self.spares, "give the number of spare processes, 0 to 64")
+        _require(self.max_faults_per_step >= 0, "recovery.max_faults_per_step", self.max_faults_per_step, "give 0 or more")
+        for key in ("heartbeat_timeout_s", "regroup_timeout_s", "collective_timeout_s"):
+            value = getattr(self, key)
+            _require(value > 0, f"recovery.{key}", value, "give a positive number of seconds")
+        _require(self.heartbeat_timeout_s >= 2, "recovery.heartbeat_timeout_s", self.heartbeat_timeout_s, "give 2 seconds or more")
+
+
+@dataclass(slots=True, kw_only=True)
+class TelemetryConfig:
+    """What the run says about itself."""
+
+    directory: str | None = None
+    """Where the JSONL event files go, one per rank and one of the agent. None: `<trainer.default_root_dir>/gemini`."""
+    log_to_logger: bool = True
+    """Write the phases of each recovery to the Trainer's logger under `gemini/`."""
+    banner: bool = True
+    """Say at start what survives what and how much memory it takes."""
+
+
+@dataclass(slots=True, kw_only=True)
+class FaultConfig:
+    """One fault to inject, for drills and tests. It fires once, in the first process that reaches it."""
+
+    kind: str
+    """kill (SIGKILL), raise (an exception), stop (SIGSTOP), exit (os._exit), segv (SIGSEGV)."""
+    rank: int
+    """The rank that suffers it."""
+    step: int
+    """The optimizer step (`global_step` before the step) in which it happens."""
+    where: str = "forward"
+    """before_step, forward, backward, optimizer (inside the optimizer's write), after_step, validation, callback."""
+
+    def __post_init__(self) -> None:
+        _require(self.kind in FAULT_KINDS, "faults.kind", self.kind, f"choose one of {', '.join(FAULT_KINDS)}")
+        _require(self.where in FAULT_POINTS, "faults.where", self.where, f"choose one of {', '.join(FAULT_POINTS)}")
+        _require(self.rank >= 0, "faults.rank", self.rank, "give a rank of the job, 0 or more")
+        _require(self.step >= 0, "faults.step", self.step, "give an optimizer step, 0 or more")
+
+
+@dataclass(slots=True, kw_only=True)
+class GeminiConfig:
+    """All options. Every group may be left out."""
+
+    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    faults: list[FaultConfig] = field(default_factory=list)
+    """Faults to inject. Empty, which is the default, injects none."""
+
+
+def parse(kind: type[T], value: object, key: str = "") -> T:
+    """Build dataclass `kind` from a mapping (or return it as it is), refusing unknown keys and wrong types.
+
+    Args:
+        kind: one of the dataclasses of this module.
+        value: an instance of it, a mapping of plain values, or None for the defaults.
+        key: path of `value` in the user's config, for the error message.
+    """
+    if isinstance(value, kind):
+        return value
+    if value is None:
+        return kind()
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key or kind.__name__}={value!r} is not valid: give a mapping with the keys {_names(kind)}")
+    hints = get_type_hints(kind)
+    for name in value:
+        if name not in hints:
+            close = difflib.get_close_matches(str(name), hints, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"unknown key {_join(key, str(name))!r}: {hint}Known keys are {_names(kind)}")
+    given = {str(name): _convert(hints[str(name)], item, _join(key, str(name))) for name, item in value.items()}
+    try:
+        return kind(**given)
+    except TypeError as error:  # a required key is absent
+        raise ValueError(f"{key or kind.__name__}: {error}; known keys are {_names(kind)}") from None
+
+
+def _convert(hint: Any, value: object, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return parse(hint, value, key)  # type: ignore[arg-type]
+    if hint == list[FaultConfig]:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ValueError(f"{key}={value!r} is not valid: give a list of faults, each with the keys {_names(FaultConfig)}")
+        return [parse(FaultConfig, item, f"{key}[{i}]") for i, item in enumerate(value)]
+    try:
+        return msgspec.convert(value, hint, strict=True)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{key}={value!r} is not valid: {error}") from None
+
+
+def _names(kind: Any) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(kind))
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name

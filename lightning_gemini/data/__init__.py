@@ -1,0 +1,1 @@
+"""The position in the training data, so that a replaced rank reads the batch its predecessor read."""

@@ -1,0 +1,103 @@
+"""From the user's process to ranks under an agent, and the wider circle of recovery around `fit`.
+
+Seam: Lightning's `_Launcher`; the Trainer calls `launch(fit_impl, …)`. In the process that the user started it does not return: the
+process becomes the agent by exec, which starts the same script anew for each rank and each spare. In those it runs `fit`, and runs it
+again, in the same process, when a rank must leave its loops: its own exception outside of a step, or a rewind.
+
+Failure: started where exec would replace the wrong process (a fork of the script, a notebook) -> `ValueError` that says so.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_gemini.environment import in_agent
+from lightning_gemini.recovery.signals import Rewind
+
+if TYPE_CHECKING:
+    from lightning_gemini.strategy import GeminiMixin
+
+
+class GeminiLauncher(_Launcher):
+    """See the module's docstring."""
+
+    def __init__(self, strategy: GeminiMixin, world: int) -> None:
+        self.strategy, self.world = strategy, world
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        """A notebook's kernel cannot become an agent."""
+        return False
+
+    def kill(self, signum: int) -> None:
+        """Lightning passes signals on to ranks it started; the agent does that here."""
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Run `function` in every rank."""
+        if not in_agent():
+            become_agent(self.world)
+        if trainer is None or trainer.state.fn is not TrainerFn.FITTING:
+            return function(*args, **kwargs)
+        strategy = self.strategy
+        strategy.connect_to_agent(trainer)
+        while True:
+            try:
+                out = function(*args, **kwargs)
+                strategy.left_fit()
+                return out
+            except Rewind:
+                strategy.reenter(trainer, None)
+            except MisconfigurationException as error:
+                strategy.give_up(error)
+                raise
+            except Exception as error:
+                if not strategy.reenter(trainer, error):
+                    raise
+
+
+def become_agent(world: int) -> NoReturn:
+    """Replace this process by an agent that runs this script."""
+    if multiprocessing.parent_process() is not None:
+        raise ValueError(
+            f"trainer.fit was called in process {os.getpid()}, which the script started through multiprocessing: "
+            "call it in the script's main process, gemini starts the ranks itself"
+        )
+    script = sys.orig_argv[1:]
+    while script and script[0].startswith("-") and script[0] not in ("-m", "-c", "-"):
+        script = script[1:]  # interpreter options are kept by `flags`
+    if not script or script[0] in ("-c", "-"):
+        raise ValueError("strategy='gemini' starts the script anew in each rank: put the program into a file and run `python file.py`")
+    flags = sys.orig_argv[1 : len(sys.orig_argv) - len(script)]
+    command = [sys.executable, *flags, *script, *_hydra_overrides()]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.chdir(_original_cwd())
+    agent = [sys.executable, "-m", "lightning_gemini.agent", "--nproc-per-node", str(world), "--", *command]
+    os.execv(sys.executable, agent)
+
+
+def _hydra() -> Any:
+    if "hydra.core.hydra_config" not in sys.modules:
+        return None
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.get() if HydraConfig.initialized() else None
+
+
+def _hydra_overrides() -> list[str]:
+    """All ranks use the run directory of the process the user started."""
+    config = _hydra()
+    return [] if config is None else [f"hydra.run.dir={config.runtime.output_dir!r}", "hydra.output_subdir=null", "hydra.mode=RUN"]
+
+
+def _original_cwd() -> str:
+    config = _hydra()
+    return os.getcwd() if config is None else str(config.runtime.cwd)

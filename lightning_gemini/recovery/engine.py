@@ -1,0 +1,311 @@
+"""The engine of a rank: it runs each step so that it can be repeated, and takes its part in every recovery.
+
+A step s, from inside the Strategy's hook:
+
+    enter     commit the rank-local state (kind ENTRY): from here the step can be repeated.
+    attempt   forward, backward, clipping; collectives absorb errors (`Mode.STEP`).
+    gate      before the first write: no error so far, and *every* rank's tensors of the newest snapshot are committed. From here the live
+              tensors are no source any more.
+    write     the optimizer.
+    leave     commit the rank-local state of s + 1 (kind EXIT), tensors now (sharded) or in the background (replicated), and wait until
+              *every* rank has committed the boundary. So no rank is ever ahead of the step that all can return to.
+
+A fault anywhere in there: stop, tell the agent where we stand, get the plan, put state back to the boundary where needed, join the new
+generation, repeat the attempt. Between steps (`Mode.BETWEEN`) a failed collective calls `stand_still`, which does the same without any
+state to put back, and the collective is tried again. A further generation that begins in any of these waits starts the procedure over.
+
+What cannot be repeated raises: `Rewind` (re-enter `fit`), or the user's own exception once the agent has been told.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from lightning_gemini.agent.memory import BOUNDARY, TENSORS
+from lightning_gemini.agent.messages import Fault, Plan, Progress, Stopped
+from lightning_gemini.config import GeminiConfig
+from lightning_gemini.recovery.memory import Memory
+from lightning_gemini.recovery.signals import Rewind, StepFault
+from lightning_gemini.rendezvous.link import StaleGeneration
+from lightning_gemini.rendezvous.world import Mode, World
+from lightning_gemini.snapshot.collective_log import CollectiveLog
+from lightning_gemini.snapshot.slots import CorruptSnapshot
+from lightning_gemini.state.local import Boundary, Kind, LocalState
+
+R = TypeVar("R")
+_ANNOUNCEMENT_S = 5.0
+"""How long a rank whose collective failed waits for the agent to announce why, before it reports the failure as its own."""
+
+
+class Host(Protocol):
+    """What the engine needs of the strategy."""
+
+    replicated: bool
+
+    def parameters_with_grad(self) -> list[torch.Tensor]:
+        """Parameters whose gradients may have been accumulated before the step."""
+        ...
+
+    def layout(self) -> list[int]:
+        """Order of DDP's gradients, if its buckets have been rebuilt."""
+        ...
+
+    def reset_after_abort(self, *, own_fault: bool, layout: list[int]) -> None:
+        """Bring wrappers (DDP's reducer, FSDP2's hooks) back to their state between steps, with buckets as at the step's entry."""
+        ...
+
+    def form_groups(self) -> None:
+        """Form the default group of the present generation."""
+        ...
+
+
+class Engine:
+    """One per `fit`. Not thread-safe: it belongs to the main thread."""
+
+    def __init__(self, world: World, config: GeminiConfig, memory: Memory, local: LocalState, host: Host) -> None:
+        self.world, self.config, self.memory, self.local, self.host = world, config, memory, local, host
+        self.step = -1
+        """The newest boundary all ranks have committed, and the step under way."""
+        self.in_step = False
+        self.wrote = False
+        self.resumed_generation = world.generation
+        """Generation whose first step is complete on this rank."""
+        self._committed = -1
+        self._last_blob = b""
+        self._entry: Boundary | None = None
+
+    # ---- boundaries
+
+    def start(self, step: int) -> None:
+        """The first boundary, in `on_train_start`."""
+        self.step = step
+        self.commit(Kind.START, step)
+        self.memory.commit_tensors(step, self._embedded())
+        self._committed = step
+        self.memory.publish(self.world.generation, step)
+
+    def commit(self, kind: Kind, step: int, result: Any = None) -> Boundary:
+        """Write the rank-local state and begin a new segment of the log of collectives."""
+        grads = self._grads() if kind is Kind.ENTRY else None
+        boundary = Boundary(kind, step, dict(self.world.counters), list(self.host.layout()), result, grads, {})
+        self._last_blob = self.local.capture(boundary)
+        self.memory.commit_local(self._last_blob, step, kind)
+        self.memory.log.rotate(boundary.counters)
+        return boundary
+
+    def _grads(self) -> list[torch.Tensor | None] | None:
+        grads = [parameter.grad for parameter in self.host.parameters_with_grad()]
+        return grads if any(grad is not None for grad in grads) else None
+
+    def _embedded(self) -> bytes:
+        """Rank-local state to keep beside tensors: needed to go back further than the ledger does."""
+        return self._last_blob
+
+    def _tensors_due(self, step: int) -> bool:
+        return step % self.config.snapshot.every_n_steps == 0
+
+    # ---- a step
+
+    def run(self, attempt: Callable[[], R], result_of: Callable[[R], Any]) -> R:
+        """Run `attempt` as step `self.step`, as often as it takes; `result_of` gives what a rank that lands after it must return."""
+        self._enter()
+        return self.repeat(attempt, result_of)
+
+    def repeat(self, attempt: Callable[[], R], result_of: Callable[[R], Any]) -> R:
+        """`run` from inside the step: also for a rank that has landed on entering it."""
+        while True:
+            try:
+                out = self._attempt(attempt)
+                self._leave(result_of(out))
+                return out
+            except Exception as error:
+                self.world.mode = Mode.BETWEEN
+                plan = self._recover(error)
+                if plan.target > self.step:
+                    self._done(plan.target)
+                    return out
+            finally:
+                self.world.mode = Mode.BETWEEN
+                self.in_step = False
+
+    def _enter(self) -> None:
+        if self.memory.modified(self.step):  # by a callback: what was captured at the boundary is not what this step starts from
+            self._recapture()
+        self._entry = self.commit(Kind.ENTRY, self.step)
+
+    def _attempt(self, attempt: Callable[[], R]) -> R:
+        self.in_step, self.wrote, self.world.error = True, False, None
+        self.world.mode = Mode.STEP
+        self.check()
+        out = attempt()
+        self.gate()
+        return out
+
+    def check(self) -> None:
+        """Raise `StepFault` if a collective of this step has failed or a recovery was announced."""
+        if self.world.error is not None:
+            raise StepFault(f"a collective of step {self.step} failed") from self.world.error
+        if self.world.stale:
+            raise StepFault(f"a recovery began in step {self.step}")
+
+    def gate(self) -> None:
+        """Called before the optimizer's first write of a step (see the module's docstring)."""
+        self.check()
+        if self.wrote or not self.in_step:
+            return
+        if not self.memory.settle():
+            self._recapture()
+        self.memory.wait_all(TENSORS, self.world.generation, self.memory.captured, self.config.recovery.collective_timeout_s)
+        self.wrote = True
+
+    def _recapture(self) -> None:
+        self.memory.settle()
+        self.memory.commit_tensors(self.step, self._embedded())
+        self.memory.publish(self.world.generation, self.step)
+
+    def _leave(self, result: Any) -> None:
+        self.world.mode = Mode.BETWEEN
+        new = self.step + 1
+        due = self._tensors_due(new)
+        background = self.host.replicated and self.config.snapshot.background
+        self.commit(Kind.EXIT, new, result)
+        if due and not background:
+            self.memory.commit_tensors(new, self._embedded())
+        self._committed = new
+        self.memory.publish(self.world.generation, new)
+        if due and background:
+            self.memory.drain(new, self.world.generation, self._embedded())
+        self.memory.wait_all(BOUNDARY, self.world.generation, new, self.config.recovery.collective_timeout_s)
+        self._done(new)
+
+    def _done(self, step: int) -> None:
+        self.step = self._committed = step
+        self.wrote = False
+        self.report_resumed()
+
+    def report_resumed(self) -> None:
+        """Tell the agent, once per recovery, that this rank has gone on: it has completed a step, or `fit`."""
+        if self.resumed_generation != self.world.generation:
+            self.resumed_generation = self.world.generation
+            self.world.link.send(Progress(generation=self.world.generation, phase="resumed", step=self.step))
+
+    def adopt(self, boundary: Boundary) -> None:
+        """This rank has landed at `boundary`: it goes on from there."""
+        self.step = self._committed = boundary.step
+        self._entry = boundary if boundary.kind is Kind.ENTRY else None
+        slot = self.memory.ledger.find(boundary.step)
+        self._last_blob = self.memory.ledger.read(slot) if slot else b""
+        self.in_step = self.wrote = False
+        self.resumed_generation = -1
+
+    # ---- recovery
+
+    def stand_still(self, error: BaseException | None) -> None:
+        """Between steps, a collective failed or a recovery was announced: returns when this rank has joined the new generation."""
+        self._recover(error)
+
+    def _recover(self, error: BaseException | None) -> Plan:
+        own = error is not None and self._is_own(error)
+        if own and error is not None:
+            self.report(error, "training step")
+        if error is not None:  # its frames hold the aborted forward, and with it DDP's old reducer and its hooks
+            error.__traceback__ = error.__context__ = error.__cause__ = None
+        link, timeout_s = self.world.link, self.config.recovery.regroup_timeout_s
+        if not own and not self.world.stale:
+            try:
+                link.wait(lambda: self.world.stale, _ANNOUNCEMENT_S, "the agent's word on a failed collective")
+            except TimeoutError:
+                self.report(error or RuntimeError("a collective failed"), "a collective")
+        link.wait(lambda: self.world.stale, timeout_s, "the agent to begin a recovery")
+        while True:
+            generation = link.announced
+            try:
+                return self._follow(generation, own_fault=own)
+            except StaleGeneration:
+                continue
+            except (CorruptSnapshot, TimeoutError, RuntimeError) as failure:
+                if link.announced == generation:
+                    self.world.generation = generation
+                    self.report(failure, "recovery")
+                    link.wait(lambda seen=generation: link.announced != seen, timeout_s, "the agent to begin another recovery")  # type: ignore[misc]
+
+    def _is_own(self, error: BaseException) -> bool:
+        """Whether this rank's code raised, rather than a collective that failed because of others."""
+        return not isinstance(error, (StepFault, StaleGeneration)) and self.world.error is None and self.in_step
+
+    def report(self, error: BaseException, where: str, *, recoverable: bool = True) -> None:
+        """Tell the agent of a fault of this rank."""
+        text = "".join(traceback.format_exception(error))
+        self.world.link.send(
+            Fault(generation=self.world.generation, step=self.step, where=where, error=text[-8000:], recoverable=recoverable, at_ns=time.monotonic_ns())
+        )
+
+    def _follow(self, generation: int, *, own_fault: bool) -> Plan:
+        settled = self.memory.settle()
+        stopped = Stopped(
+            generation=generation,
+            step=self._committed,
+            wrote=self.wrote and self._committed == self.step,
+            in_step=self.in_step,
+            unwinding=False,
+            counters=dict(self.world.counters),
+        )
+        self.world.link.send(stopped)
+        plan = self.world.link.wait_for_plan(generation, self.config.recovery.regroup_timeout_s)
+        if plan.rewind:
+            raise Rewind(f"step {plan.target}")
+        if self.in_step and plan.target == self.step:
+            self._put_back(plan, own_fault=own_fault)
+        if self.memory.captured < plan.target or not settled:
+            self.memory.commit_tensors(plan.target)
+        for rank, donor in plan.donors.items():
+            if donor == self.memory.rank:
+                self.memory.donate(rank, plan.target)
+        self._committed = plan.target
+        self.join(plan)
+        return plan
+
+    def _put_back(self, plan: Plan, *, own_fault: bool) -> None:
+        """This step is repeated: state as it was on entering it."""
+        assert self._entry is not None
+        if self.wrote:
+            self.memory.restore_tensors(plan.target)
+        self.memory.forget_after(plan.target)
+        for parameter, grad in zip(self.host.parameters_with_grad(), self._entry.grads or _endless_none(), strict=False):
+            parameter.grad = None if grad is None else grad.clone()
+        self.host.reset_after_abort(own_fault=own_fault, layout=self._entry.layout)
+        slot = self.memory.ledger.find(plan.target)
+        assert slot is not None
+        self.local.restore(self.local.decode(self.memory.ledger.read(slot)))
+        self.wrote = False
+
+    def join(self, plan: Plan) -> None:
+        """Enter the generation of a plan: words, results to replay, groups."""
+        world = self.world
+        world.link.send(Progress(generation=plan.generation, phase="restored"))
+        world.generation, world.error = plan.generation, None
+        self.memory.publish(plan.generation, plan.target)
+        world.replay = self._replay(plan)
+        self.host.form_groups()
+        world.link.send(Progress(generation=plan.generation, phase="regrouped"))
+
+    def _replay(self, plan: Plan) -> dict[tuple[str, int], bytes | None]:
+        """Results of collectives that others have completed and this rank has not."""
+        found: dict[tuple[str, int], bytes | None] = {}
+        for group, (count, holder) in plan.logs.items():
+            if self.world.counters.get(group, 0) < count:
+                log = CollectiveLog(self.world.link.files.logs[holder])
+                wanted = range(self.world.counters.get(group, 0), count)
+                found.update({key: data for key, data in log.results().items() if key[0] == group and key[1] in wanted})
+                log.close()
+        return found
+
+
+def _endless_none() -> Any:
+    while True:
+        yield None

@@ -1,0 +1,141 @@
+"""A rank's connection to its agent: one thread that listens, and calls that ask.
+
+Seam: `Link` sends messages and keeps what arrives; `on_recover` and `on_recovered` are called in the listening thread and must only set
+flags or shut sockets. The same thread beats the heart: a stopped process is silent.
+
+States: open -> closed (end of file: the agent is gone). Without its agent a rank has no memory that outlives it and no one to replace
+its peers, so it says so and ends at once, from the listening thread: the main thread may be blocked in C++ for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from lightning_gemini.agent.channel import Channel
+from lightning_gemini.agent.memory import HEARTBEAT_NS, Board, NodeFiles
+from lightning_gemini.agent.messages import (
+    Assign,
+    FromAgent,
+    FromRank,
+    Plan,
+    Recover,
+    Recovered,
+    Stop,
+    StoreGet,
+    StoreSet,
+    StoreValues,
+    decode_from_agent,
+    encode,
+)
+
+_BEAT_S = 0.2
+AGENT_LOST = 70
+"""Exit status of a rank whose agent is gone (EX_SOFTWARE)."""
+
+
+class StaleGeneration(RuntimeError):
+    """A newer generation has begun: what was being done for the old one is void."""
+
+
+class Link:
+    """See the module's docstring. Built from the environment that the agent set."""
+
+    def __init__(self) -> None:
+        self.world = int(os.environ["LIGHTNING_GEMINI_WORLD"])
+        rank = os.environ["LIGHTNING_GEMINI_RANK"]
+        self.rank: int | None = int(rank) if rank else None
+        self.announced = int(os.environ["LIGHTNING_GEMINI_GENERATION"])
+        """Newest generation the agent has announced."""
+        self.files = NodeFiles.from_text(os.environ["LIGHTNING_GEMINI_FILES"])
+        self.board = Board(self.files.board, self.world)
+        self.plan: Plan | None = None
+        self.on_recover: Callable[[], None] = lambda: None
+        self.on_recovered: Callable[[Recovered], None] = lambda _: None
+        self._channel = Channel(socket.socket(fileno=int(os.environ["LIGHTNING_GEMINI_CHANNEL"])))
+        self._news = threading.Condition()
+        self._answers: dict[int, list[bytes] | None] = {}
+        self._requests = 0
+        self._thread = threading.Thread(target=self._listen, name="lightning-gemini-link", daemon=True)
+        self._thread.start()
+
+    # ---- asking
+
+    def send(self, message: FromRank) -> None:
+        """Tell the agent."""
+        self._channel.send(encode(message))
+
+    def set(self, generation: int, key: str, value: bytes) -> None:
+        """Publish a rendezvous key."""
+        self.send(StoreSet(generation=generation, key=key, value=value))
+
+    def get(self, generation: int, keys: list[str], timeout_s: float) -> list[bytes]:
+        """Wait for rendezvous keys. Raises `StaleGeneration` when a newer one begins, `TimeoutError` at the deadline."""
+        with self._news:
+            self._requests += 1
+            request = self._requests
+        self.send(StoreGet(request=request, generation=generation, keys=keys))
+        self.wait(lambda: request in self._answers or self.announced != generation, timeout_s, f"rendezvous keys {keys}")
+        values = self._answers.pop(request, None)
+        if values is None:
+            raise StaleGeneration(f"generation {generation} is over, {self.announced} has begun")
+        return values
+
+    def wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Wait until something the listening thread learns makes `condition` true. Raises `TimeoutError`."""
+        with self._news:
+            if not self._news.wait_for(condition, timeout_s):
+                raise TimeoutError(f"waited {timeout_s:g} s for {what}")
+
+    def wait_for_plan(self, generation: int, timeout_s: float) -> Plan:
+        """The plan of `generation`. Raises `StaleGeneration` when a newer one begins first."""
+        self.wait(lambda: self.announced != generation or self.plan is not None and self.plan.generation == generation,
+                  timeout_s, f"the recovery plan of generation {generation}")  # fmt: skip
+        if self.announced != generation or self.plan is None:
+            raise StaleGeneration(f"generation {generation} is over, {self.announced} has begun")
+        return self.plan
+
+    # ---- listening
+
+    def _listen(self) -> None:
+        while True:
+            if self.rank is not None:
+                self.board.set(self.rank, HEARTBEAT_NS, time.monotonic_ns())
+            if not select.select([self._channel], [], [], _BEAT_S)[0]:
+                continue
+            data = self._channel.receive(wait=True)
+            if data is None:
+                self._leave(f"its agent (pid {os.getppid()}) is gone; rank {self.rank} (pid {os.getpid()}) ends, nothing is left behind")
+            else:
+                self._handle(decode_from_agent(data))
+
+    def _handle(self, message: FromAgent) -> None:
+        with self._news:
+            match message:
+                case StoreValues():
+                    self._answers[message.request] = message.values
+                case Recover():
+                    self.announced = max(self.announced, message.generation)
+                case Assign():
+                    self.announced = max(self.announced, message.generation)
+                    self.rank = message.rank
+                case Plan():
+                    self.plan = message
+                case Stop():
+                    os._exit(0)
+                case Recovered():
+                    pass
+            self._news.notify_all()
+        if isinstance(message, Recover):
+            self.on_recover()
+        elif isinstance(message, Recovered):
+            self.on_recovered(message)
+
+    def _leave(self, why: str) -> None:
+        print(f"lightning_gemini: {why}", file=sys.stderr, flush=True)
+        os._exit(AGENT_LOST)

@@ -1,0 +1,206 @@
+"""The rank-local state: everything of a step boundary that is not a tensor of the model or its optimizers.
+
+RNG of the boundary, progress of the loops, values logged in the epoch, metrics, callbacks, schedulers, scaler, position of the loader,
+torchmetrics, plain attributes of the LightningModule. Stored with pickle in the rank's own shared memory; it never crosses a socket.
+Objects that belong to the process (trainer, model, metrics …) are pickled by name and resolved to this process's own on loading.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torchmetrics import Metric
+
+from lightning_gemini.compat import lightning as compat
+from lightning_gemini.data.position import PositionedLoader
+from lightning_gemini.state import rng
+from lightning_gemini.state.catalogue import parameters_of
+
+_PLAIN = (int, float, bool, str, bytes, complex, type(None))
+
+
+class Kind(enum.IntEnum):
+    """Where in the loop a boundary was captured; it decides where a replaced rank lands."""
+
+    START = 1
+    """Before the first step, in `on_train_start`."""
+    ENTRY = 2
+    """On entering a step: the closure comes next."""
+    EXIT = 3
+    """On leaving a step: the optimizer has written."""
+
+
+@dataclass(slots=True)
+class Boundary:
+    """A decoded local state."""
+
+    kind: Kind
+    step: int
+    counters: dict[str, int]
+    """Collectives completed outside steps, by group."""
+    layout: list[int]
+    """Order of DDP's gradients, empty before the first backward."""
+    result: Any
+    """EXIT: what the step returned."""
+    grads: list[torch.Tensor | None] | None
+    """ENTRY with gradient accumulation: the gradients gathered so far."""
+    state: dict[str, Any]
+
+
+class LocalState:
+    """Captures and restores the rank-local state of one `fit`."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.trainer = trainer
+        self.model = trainer.lightning_module
+        self._anchors: dict[str, Any] = {"trainer": trainer, "strategy": trainer.strategy, "datamodule": trainer.datamodule}
+        self._anchors |= {f"module:{name}": module for name, module in self.model.named_modules(remove_duplicate=False)}
+        self._anchors |= {f"callback:{i}": callback for i, callback in enumerate(trainer.callbacks)}  # type: ignore[attr-defined]
+        self._anchors |= {f"logger:{i}": logger for i, logger in enumerate(trainer.loggers)}
+        self._names = {id(value): name for name, value in reversed(self._anchors.items()) if value is not None}
+        self._generators = rng.private_generators(self.model)
+
+    # ---- capture
+
+    def capture(self, boundary: Boundary) -> bytes:
+        """Serialise the present state as `boundary`, whose `state` is filled in."""
+        trainer = self.trainer
+        optimizers = compat.unwrap_optimizers(trainer)
+        boundary.state = {
+            "buffers": {name: buffer.detach() for name, buffer in self.model.named_buffers()},
+            "rng": rng.capture(trainer.strategy.root_device),
+            "generators": rng.capture_private(self._generators),
+            "loops": compat.capture_loops(trainer),
+            "metrics": compat.capture_metrics(trainer),
+            "callbacks": [callback.state_dict() for callback in trainer.callbacks],  # type: ignore[attr-defined]
+            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "groups": [[_without_params(group) for group in optimizer.param_groups] for optimizer in optimizers],
+            "scalars": [_scalars(optimizer) for optimizer in optimizers],
+            "precision": trainer.precision_plugin.state_dict(),
+            "torchmetrics": {name: _metric_state(module) for name, module in self.model.named_modules() if isinstance(module, Metric)},
+            "attributes": {name: value for name, value in vars(self.model).items() if not name.startswith("_") and is_plain(value)},
+            "should_stop": trainer.should_stop,
+            "loaders": [loader.position() for loader in _loaders(trainer)],
+            "loggers": compat.logger_versions(trainer),
+        }
+        buffer = io.BytesIO()
+        pickler = pickle.Pickler(buffer, protocol=5)
+        pickler.persistent_id = lambda value: self._names.get(id(value))  # type: ignore[method-assign, assignment]
+        pickler.dump(boundary)
+        return buffer.getvalue()
+
+    def decode(self, data: bytes) -> Boundary:
+        """Inverse of the serialisation; nothing is restored yet."""
+        unpickler = pickle.Unpickler(io.BytesIO(data))
+        unpickler.persistent_load = self._anchors.__getitem__  # type: ignore[method-assign, assignment]
+        boundary = unpickler.load()
+        assert isinstance(boundary, Boundary)
+        return boundary
+
+    # ---- restore
+
+    def position(self, boundary: Boundary) -> None:
+        """Before the loops run: make them and the loaders enter at the boundary's epoch and batch."""
+        compat.position_loops(self.trainer, boundary.state["loops"])
+        positions = list(boundary.state["loaders"])
+        self.trainer.strategy.loader_positions = positions  # type: ignore[attr-defined]
+
+    def prepare(self, boundary: Boundary) -> None:
+        """Before anything is written by this process: the folders of its predecessor."""
+        compat.set_logger_versions(self.trainer, boundary.state["loggers"])
+
+    def restore(self, boundary: Boundary) -> None:
+        """Put everything back, in place; the random generators last."""
+        trainer, state = self.trainer, boundary.state
+        compat.restore_loops(trainer, state["loops"])
+        compat.restore_metrics(trainer, state["metrics"])
+        for callback, saved in zip(trainer.callbacks, state["callbacks"], strict=True):  # type: ignore[attr-defined]
+            if saved:
+                callback.load_state_dict(saved)
+        for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
+            config.scheduler.load_state_dict(saved)
+        optimizers = compat.unwrap_optimizers(trainer)
+        for optimizer, groups, scalars in zip(optimizers, state["groups"], state["scalars"], strict=True):
+            for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                group.update(saved)
+            parameters = parameters_of(optimizer)
+            for (index, key), value in scalars.items():
+                optimizer.state[parameters[index]][key] = value
+        trainer.precision_plugin.load_state_dict(state["precision"])
+        buffers = dict(self.model.named_buffers())
+        with torch.no_grad():
+            for name, saved in state["buffers"].items():
+                buffers[name].copy_(saved)
+        modules = dict(self.model.named_modules())
+        for name, saved in state["torchmetrics"].items():
+            _restore_metric(modules[name], saved)
+        for name, value in state["attributes"].items():
+            setattr(self.model, name, value)
+        trainer.should_stop = state["should_stop"]
+        for loader, position in zip(_loaders(trainer), state["loaders"], strict=False):
+            loader.adopt(position)
+        rng.restore_private(self._generators, state["generators"])
+        rng.restore(state["rng"], trainer.strategy.root_device)
+
+
+def is_plain(value: Any) -> bool:
+    """Numbers, strings, and lists, tuples, sets and dicts of them, and detached tensors in them."""
+    if isinstance(value, _PLAIN):
+        return True
+    if isinstance(value, (list, tuple, set, frozenset)) and type(value) in (list, tuple, set, frozenset):
+        return all(is_plain(item) or _is_value(item) for item in value)
+    if type(value) is dict:
+        return all(is_plain(key) and (is_plain(item) or _is_value(item)) for key, item in value.items())
+    return False
+
+
+def _is_value(item: Any) -> bool:
+    return isinstance(item, torch.Tensor) and not item.requires_grad
+
+
+def _loaders(trainer: pl.Trainer) -> list[PositionedLoader]:
+    loaders = trainer.train_dataloader
+    found: list[PositionedLoader] = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, PositionedLoader):
+            found.append(value)
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+
+    visit(loaders)
+    return found
+
+
+def _without_params(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _scalars(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Any]:
+    return {
+        (index, key): value
+        for index, parameter in enumerate(parameters_of(optimizer))
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if not isinstance(value, torch.Tensor)
+    }
+
+
+def _metric_state(metric: Metric) -> dict[str, Any]:
+    return {"state": {key: value for key, value in metric.metric_state.items()}, "updates": metric.update_count}
+
+
+def _restore_metric(metric: Any, saved: dict[str, Any]) -> None:
+    for key, value in saved["state"].items():
+        setattr(metric, key, value)
+    metric._update_count = saved["updates"]
+    metric._computed = None

@@ -1,0 +1,61 @@
+"""Random number generators: python, numpy, torch, the device, and every `random.Random` a module holds.
+
+Taken at the step boundary, not when something fails: a rival that saved them at abort time replays other dropout masks.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def capture(device: torch.device) -> dict[str, Any]:
+    """The state of the process's global generators (about 10 KB)."""
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if device.type == "cuda":  # pragma: no cover - needs a GPU
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore(state: dict[str, Any], device: torch.device) -> None:
+    """Inverse of `capture`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:  # pragma: no cover - needs a GPU
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def private_generators(model: nn.Module) -> dict[str, Any]:
+    """Generators that modules hold themselves (NeMo's augmenters do), by path."""
+    kinds = (random.Random, np.random.Generator, torch.Generator)
+    return {
+        f"{path}:{name}": value for path, module in model.named_modules() for name, value in vars(module).items() if isinstance(value, kinds)
+    }
+
+
+def capture_private(generators: dict[str, Any]) -> dict[str, Any]:
+    """Their states."""
+    return {path: _get(generator) for path, generator in generators.items()}
+
+
+def restore_private(generators: dict[str, Any], states: dict[str, Any]) -> None:
+    """Inverse of `capture_private`; generators that did not exist then keep what they have."""
+    for path, state in states.items():
+        generator = generators.get(path)
+        if isinstance(generator, random.Random):
+            generator.setstate(state)
+        elif isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = state
+        elif isinstance(generator, torch.Generator):
+            generator.set_state(state)
+
+
+def _get(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state()

@@ -1,0 +1,1 @@
+"""What happened, when: events, timelines, reports."""

@@ -1,0 +1,34 @@
+"""Leak police: a test that leaves a process, a thread, a descriptor or an environment variable behind fails."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import lightning.pytorch  # noqa: F401  warm parent: ranks are forked from here
+import psutil
+import pytest
+import torch
+
+import lightning_gemini  # noqa: F401
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    me = psutil.Process()
+    environment, threads, shared = dict(os.environ), threading.active_count(), set(os.listdir("/dev/shm"))
+    descriptors = me.num_fds()
+    yield
+    children = me.children(recursive=True)
+    for child in children:
+        child.kill()
+    assert not children, f"processes left behind: {children}"
+    assert threading.active_count() <= threads, f"threads left behind: {threading.enumerate()}"
+    assert set(os.listdir("/dev/shm")) <= shared, "files left in shared memory"
+    assert me.num_fds() <= descriptors + 2, "descriptors left open"
+    for name in set(os.environ) - set(environment):
+        if name.startswith(("LIGHTNING_GEMINI", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")):
+            raise AssertionError(f"environment variable {name} left behind")

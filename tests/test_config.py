@@ -1,0 +1,143 @@
+"""The options: what `parse` accepts, and that each refusal names the key, the value and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from lightning_gemini.config import (
+    FAULT_KINDS,
+    FAULT_POINTS,
+    FaultConfig,
+    GeminiConfig,
+    RecoveryConfig,
+    SnapshotConfig,
+    TelemetryConfig,
+    parse,
+)
+
+KINDS = [SnapshotConfig, RecoveryConfig, TelemetryConfig, FaultConfig, GeminiConfig]
+
+
+def test_nothing_gives_the_defaults() -> None:
+    assert parse(GeminiConfig, None) == parse(GeminiConfig, {}) == GeminiConfig()
+
+
+def test_an_instance_is_returned_as_it_is() -> None:
+    config = SnapshotConfig(every_n_steps=3)
+    assert parse(SnapshotConfig, config) is config
+    assert parse(GeminiConfig, {"snapshot": config}).snapshot is config
+
+
+@pytest.mark.parametrize("wrap", [dict, OmegaConf.create], ids=["dict", "omegaconf"])
+def test_nested_mappings(wrap: Any) -> None:
+    value = wrap(
+        {
+            "snapshot": {"every_n_steps": 2, "background": False},
+            "recovery": {"heartbeat_timeout_s": 5},
+            "telemetry": {"directory": "events"},
+            "faults": [{"kind": "kill", "rank": 1, "step": 7}],
+        }
+    )
+    assert parse(GeminiConfig, value) == GeminiConfig(
+        snapshot=SnapshotConfig(every_n_steps=2, background=False),
+        recovery=RecoveryConfig(heartbeat_timeout_s=5.0),
+        telemetry=TelemetryConfig(directory="events"),
+        faults=[FaultConfig(kind="kill", rank=1, step=7)],
+    )
+
+
+def test_an_absent_group_is_its_defaults() -> None:
+    assert parse(GeminiConfig, {"snapshot": None}).snapshot == SnapshotConfig()
+
+
+def test_a_whole_number_of_seconds_becomes_a_float() -> None:
+    value = parse(RecoveryConfig, {"regroup_timeout_s": 30}).regroup_timeout_s
+    assert (type(value), value) == (float, 30.0)
+
+
+@pytest.mark.parametrize("kind", FAULT_KINDS)
+@pytest.mark.parametrize("where", FAULT_POINTS)
+def test_every_fault_that_the_schema_names(kind: str, where: str) -> None:
+    assert parse(FaultConfig, {"kind": kind, "rank": 0, "step": 0, "where": where}).where == where
+
+
+def test_defaults_are_not_shared() -> None:
+    GeminiConfig().faults.append(FaultConfig(kind="kill", rank=0, step=0))
+    assert GeminiConfig().faults == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_options_are_keyword_only_slotted_and_documented(kind: Any) -> None:
+    assert all(field.kw_only for field in dataclasses.fields(kind))
+    assert set(kind.__slots__) == {field.name for field in dataclasses.fields(kind)}
+    assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")  # the docstring that dataclasses make up
+
+
+@pytest.mark.parametrize(
+    ("value", "key", "shown", "remedy"),
+    [
+        ({"snapsot": {}}, "snapsot", "snapsot", "did you mean 'snapshot'"),
+        ({"snapshot": {"evry_n_steps": 2}}, "snapshot.evry_n_steps", "evry_n_steps", "did you mean 'every_n_steps'"),
+        ({"recovery": {"zzz": 2}}, "recovery.zzz", "zzz", "Known keys are spares, max_faults_per_step"),
+        ({"faults": [{"kind": "kill", "rank": 0, "step": 1, "wher": "forward"}]}, "faults[0].wher", "wher", "did you mean 'where'"),
+        ({"snapshot": 5}, "snapshot", "5", "give a mapping with the keys every_n_steps"),
+        ({"snapshot": {"every_n_steps": "two"}}, "snapshot.every_n_steps", "'two'", "Expected `int`"),
+        ({"snapshot": {"every_n_steps": True}}, "snapshot.every_n_steps", "True", "Expected `int`"),
+        ({"snapshot": {"every_n_steps": 1.5}}, "snapshot.every_n_steps", "1.5", "Expected `int`"),
+        ({"snapshot": {"background": "no"}}, "snapshot.background", "'no'", "Expected `bool`"),
+        ({"telemetry": {"directory": 3}}, "telemetry.directory", "3", "Expected `str | null`"),
+        ({"faults": "kill"}, "faults", "'kill'", "give a list of faults"),
+        ({"faults": [3]}, "faults[0]", "3", "give a mapping with the keys kind, rank, step, where"),
+        ({"faults": [{"kind": "kill", "rank": 0}]}, "faults[0]", "step", "known keys are kind, rank, step, where"),
+        ({"snapshot": {"every_n_steps": 0}}, "snapshot.every_n_steps", "0", "1 or more"),
+        ({"snapshot": {"chunk_kib": 3}}, "snapshot.chunk_kib", "3", "between 4 and 1048576 KiB"),
+        ({"snapshot": {"local_state_mib": 0}}, "snapshot.local_state_mib", "0", "at least 1 MiB"),
+        ({"snapshot": {"collective_log_mib": 0}}, "snapshot.collective_log_mib", "0", "at least 1 MiB"),
+        ({"recovery": {"spares": -1}}, "recovery.spares", "-1", "0 to 64"),
+        ({"recovery": {"spares": 65}}, "recovery.spares", "65", "0 to 64"),
+        ({"recovery": {"max_faults_per_step": -1}}, "recovery.max_faults_per_step", "-1", "0 or more"),
+        ({"recovery": {"heartbeat_timeout_s": 1}}, "recovery.heartbeat_timeout_s", "1", "2 seconds or more"),
+        ({"recovery": {"regroup_timeout_s": 0}}, "recovery.regroup_timeout_s", "0", "a positive number of seconds"),
+        ({"recovery": {"collective_timeout_s": -3}}, "recovery.collective_timeout_s", "-3", "a positive number of seconds"),
+        ({"faults": [{"kind": "kil", "rank": 0, "step": 1}]}, "faults.kind", "'kil'", "choose one of kill, raise"),
+        ({"faults": [{"kind": "kill", "rank": 0, "step": 1, "where": "x"}]}, "faults.where", "'x'", "choose one of before_step"),
+        ({"faults": [{"kind": "kill", "rank": -1, "step": 1}]}, "faults.rank", "-1", "0 or more"),
+        ({"faults": [{"kind": "kill", "rank": 0, "step": -1}]}, "faults.step", "-1", "0 or more"),
+    ],
+)
+@pytest.mark.parametrize("wrap", [dict, OmegaConf.create], ids=["dict", "omegaconf"])
+def test_a_refusal_names_key_value_and_remedy(wrap: Any, value: dict[str, Any], key: str, shown: str, remedy: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(GeminiConfig, wrap(value))
+    message = str(caught.value)
+    assert key in message
+    assert shown in message
+    assert remedy in message
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(3, "GeminiConfig=3 is not valid"), ({"faults": 3}, "faults=3 is not valid"), ([], "GeminiConfig=\\[\\]")]
+)
+def test_the_root_is_named_where_there_is_no_key(value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(GeminiConfig, value)
+
+
+def test_the_key_of_the_caller_is_the_prefix() -> None:
+    with pytest.raises(ValueError, match=r"'trainer\.strategy\.snapshot\.x'"):
+        parse(SnapshotConfig, {"x": 1}, "trainer.strategy.snapshot")
+
+
+def test_imports_neither_torch_nor_lightning() -> None:
+    """The agent reads its options with this module and must start in milliseconds."""
+    package = Path(__file__).parents[1] / "lightning_gemini"
+    code = "import sys, config; assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "PYTHONPATH": str(package)})

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_gemini import checks, faults
 from lightning_gemini.agent.messages import Hello, Left, Recovered, Waiting
 from lightning_gemini.compat import lightning as compat
-from lightning_gemini.compat.torch import ReadyOrder, impose_layout, reset_fsdp
+from lightning_gemini.compat.torch import ReadyOrder, impose_layout, reset_fsdp, reshard_fsdp
 from lightning_gemini.config import FaultConfig, GeminiConfig, RecoveryConfig, SnapshotConfig, TelemetryConfig, parse
 from lightning_gemini.data.position import PositionedLoader
 from lightning_gemini.environment import GeminiEnvironment
@@ -41,12 +41,13 @@ from lightning_gemini.recovery.memory import Memory, expected_size
 from lightning_gemini.rendezvous import group
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode, World
-from lightning_gemini.state.catalogue import Entry, catalogue, size_of
+from lightning_gemini.state.catalogue import Entry, catalogue, local, size_of
 from lightning_gemini.state.local import Kind, LocalState
 from lightning_gemini.telemetry import banner
 from lightning_gemini.telemetry.events import EventLog
 
 _WAIT_FOR_END_S = 30.0
+_DDP_FLAGS = ("require_forward_param_sync", "require_backward_grad_sync")
 _process: dict[str, Any] = {}
 """The link and world of this process: they outlive a strategy, because a script may call `fit` more than once."""
 
@@ -76,7 +77,8 @@ class GeminiMixin:
         self.events: EventLog | None = None
         self.recoveries: list[Recovered] = []
         """Recoveries of this job that this rank has been told of, oldest first."""
-        self._callback_attached = False
+        self._accumulating = False
+        """Gradients hold something that no optimizer has used yet."""
 
     # ---- joining
 
@@ -167,8 +169,7 @@ class GeminiMixin:
         gradients = size_of(entries) if trainer.accumulate_grad_batches > 1 else 0
         need = expected_size(entries, optimizers, self.world.rank, self.world.size)
         memory.allocate(need, gradients)
-        local = LocalState(trainer)
-        self.engine = Engine(self.world, self.config, memory, local, self)  # type: ignore[arg-type]
+        self.engine = Engine(self.world, self.config, memory, LocalState(trainer), self)  # type: ignore[arg-type]
         self.world.log = memory.log
         self.world.stand_still = self.engine.stand_still
         if self.landing is None:
@@ -243,18 +244,21 @@ class GeminiMixin:
         positional = len(args) > 1  # args[0] is the optimizer
         closure = args[1] if positional else kwargs.get("closure")
         if closure is None:
-            engine.gate()
-            faults.fire(self, "optimizer")
+            self._before_write(engine)
             return None
 
         @functools.wraps(closure)
         def gated() -> Any:
             result = closure()
-            engine.gate()
-            faults.fire(self, "optimizer")
+            self._before_write(engine)
             return result
 
         return ((args[0], gated, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": gated})
+
+    def _before_write(self, engine: Engine) -> None:
+        engine.gate()
+        self._accumulating = False
+        faults.fire(self, "optimizer")
 
     def optimizer_step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Automatic optimization: the step that can be repeated."""
@@ -290,7 +294,9 @@ class GeminiMixin:
         """As Lightning's."""
         if faults.armed(self, "backward"):
             closure_loss.register_hook(lambda grad: faults.fire(self, "backward"))
-        return super().backward(closure_loss, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        loss = super().backward(closure_loss, *args, **kwargs)  # type: ignore[misc]
+        self._accumulating = True
+        return loss  # type: ignore[no-any-return]
 
     def _step(self, attempt: Callable[[], Any], result_of: Callable[[Any], Any], closure: Any) -> Any:
         engine = self.engine
@@ -361,6 +367,7 @@ class GeminiMixin:
     def left_fit(self) -> None:
         """`fit` has returned."""
         if self.engine is not None:
+            dist.barrier()  # together: a rank that dies after its last step is still replaced, and finishes what follows it
             self.engine.memory.settle()
             self.engine.report_resumed()
         self.emit("left_fit")
@@ -375,15 +382,30 @@ class GeminiMixin:
         finally:
             self.world.mode = mode
 
-    def parameters_with_grad(self) -> list[torch.Tensor]:
-        """Parameters that take gradients."""
-        return [parameter for parameter in self.lightning_module.parameters() if parameter.requires_grad]  # type: ignore[attr-defined]
+    def gradients(self) -> list[torch.Tensor | None] | None:
+        """See `recovery.engine.Host`."""
+        if not self._accumulating:
+            return None
+        return [None if p.grad is None else local(p.grad) for p in self.lightning_module.parameters()]  # type: ignore[attr-defined]
 
-    def layout(self) -> list[int]:
-        """Only DDP has one."""
-        return []
+    def set_gradients(self, gradients: list[torch.Tensor | None] | None) -> None:
+        """See `recovery.engine.Host`."""
+        self._accumulating = gradients is not None
+        parameters = list(self.lightning_module.parameters())  # type: ignore[attr-defined]
+        for parameter, saved in zip(parameters, gradients or [None] * len(parameters), strict=True):
+            parameter.grad = None
+            if saved is not None:
+                parameter.grad = torch.zeros_like(parameter)
+                local(parameter.grad).copy_(saved)
 
-    def reset_after_abort(self, *, own_fault: bool, layout: list[int]) -> None:
+    def before_step(self) -> None:
+        """See `recovery.engine.Host`; only FSDP2 has something to do."""
+
+    def wrapper_state(self) -> dict[str, Any]:
+        """See `recovery.engine.Host`; only DDP has some."""
+        return {}
+
+    def reset_after_abort(self, *, own_fault: bool, wrapper: dict[str, Any]) -> None:
         """See `recovery.engine.Host`."""
         raise NotImplementedError
 
@@ -422,9 +444,9 @@ class GeminiStrategy(GeminiMixin, DDPStrategy):
         self._layout = []
         self._order = ReadyOrder(self.model) if self._rebuilds() else None
 
-    def layout(self) -> list[int]:
-        """The order of the first synchronized backward."""
-        return self._layout
+    def wrapper_state(self) -> dict[str, Any]:
+        """The order of the first synchronized backward, and whether the next forward broadcasts buffers (not so after a validation)."""
+        return {"order": list(self._layout), **{flag: getattr(self.model, flag) for flag in _DDP_FLAGS}}
 
     def _begin_backward(self) -> None:
         if self._order is not None:
@@ -434,10 +456,14 @@ class GeminiStrategy(GeminiMixin, DDPStrategy):
         if self._order is not None:
             self._layout, self._order = list(self._order.freeze()), None
 
-    def reset_after_abort(self, *, own_fault: bool, layout: list[int]) -> None:
+    def reset_after_abort(self, *, own_fault: bool, wrapper: dict[str, Any]) -> None:
         """Survivors keep their reducer, which has finished in good order; otherwise a new wrapper is brought to the same layout."""
-        if not own_fault and (layout or not self._rebuilds()):
-            return
+        if own_fault or (self._rebuilds() and not wrapper["order"]):
+            self._wrap_anew(wrapper["order"])
+        for flag in _DDP_FLAGS:
+            setattr(self.model, flag, wrapper[flag])
+
+    def _wrap_anew(self, layout: list[int]) -> None:
         compat.drop_redirection(self.lightning_module)
         old = weakref.ref(self.model)
         self.model = self.lightning_module
@@ -473,10 +499,16 @@ class GeminiFSDP2Strategy(GeminiMixin, ModelParallelStrategy):
         super().__init__(**kwargs)
         self._init_gemini(snapshot, recovery, telemetry, faults)
 
-    def reset_after_abort(self, *, own_fault: bool, layout: list[int]) -> None:
+    def reset_after_abort(self, *, own_fault: bool, wrapper: dict[str, Any]) -> None:
         """FSDP2 resets itself."""
         if self.lightning_module is not None:
             reset_fsdp(self.lightning_module)
+            reshard_fsdp(self.lightning_module)
+
+    def before_step(self) -> None:
+        """See `compat.torch.reshard_fsdp`."""
+        assert self.lightning_module is not None
+        reshard_fsdp(self.lightning_module)
 
 
 def detached(value: Any) -> Any:

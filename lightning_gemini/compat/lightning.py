@@ -11,6 +11,7 @@ Why each is needed (no public way exists):
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,18 +85,23 @@ def position_loops(trainer: pl.Trainer, state: dict[str, Any]) -> None:
             destination[prefix + name] = progress
         destination[prefix + "state_dict"] = saved["own"]
     trainer.fit_loop.load_state_dict(destination)
+    loop = trainer.fit_loop.epoch_loop
+    loop.batch_progress.is_last_batch = False  # else a loop that has validated before takes the epoch for finished
+    loop.val_loop._has_run = False
 
 
-def capture_metrics(trainer: pl.Trainer) -> tuple[dict[str, Any], ...]:
-    """What callbacks, loggers and the progress bar see."""
-    connector = trainer._logger_connector
-    return dict(connector._callback_metrics), dict(connector._logged_metrics), dict(connector._progress_bar_metrics)
+_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_first_loop_iter", "_current_fx")
 
 
-def restore_metrics(trainer: pl.Trainer, state: tuple[dict[str, Any], ...]) -> None:
+def capture_metrics(trainer: pl.Trainer) -> dict[str, Any]:
+    """What callbacks, loggers and the progress bar see, and whether the next `self.log` begins a new accumulation."""
+    return {name: copy.copy(getattr(trainer._logger_connector, name)) for name in _METRICS}
+
+
+def restore_metrics(trainer: pl.Trainer, state: dict[str, Any]) -> None:
     """Inverse of `capture_metrics`."""
-    connector = trainer._logger_connector
-    connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics = (dict(part) for part in state)
+    for name, value in state.items():
+        setattr(trainer._logger_connector, name, copy.copy(value))
 
 
 def closure_result(closure: Any) -> tuple[Any, ...] | None:

@@ -66,7 +66,16 @@ def reset_fsdp(model: nn.Module) -> None:
     if isinstance(model, FSDPModule):
         if not hasattr(model, "reset_iter_state"):
             raise RuntimeError("this version of torch cannot reset FSDP2 after an aborted step: torch >= 2.13 is needed")
-        model.reset_iter_state()
+        if model._get_fsdp_state()._is_root is not None:  # else it has not seen a forward yet
+            model.reset_iter_state()
     else:
         for child in model.children():
             reset_fsdp(child)
+
+
+def reshard_fsdp(model: nn.Module) -> None:
+    """Free unsharded parameters that a forward without a backward has left (FSDP2 keeps the root's): only shards are state, and ranks
+    must agree on whether the next forward gathers."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

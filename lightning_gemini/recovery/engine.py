@@ -47,16 +47,24 @@ class Host(Protocol):
 
     replicated: bool
 
-    def parameters_with_grad(self) -> list[torch.Tensor]:
-        """Parameters whose gradients may have been accumulated before the step."""
+    def before_step(self) -> None:
+        """Bring the model into the one state in which it is captured."""
         ...
 
-    def layout(self) -> list[int]:
-        """Order of DDP's gradients, if its buckets have been rebuilt."""
+    def gradients(self) -> list[torch.Tensor | None] | None:
+        """Gradients accumulated before this step by earlier micro-batches, None when there are none to keep."""
         ...
 
-    def reset_after_abort(self, *, own_fault: bool, layout: list[int]) -> None:
-        """Bring wrappers (DDP's reducer, FSDP2's hooks) back to their state between steps, with buckets as at the step's entry."""
+    def set_gradients(self, gradients: list[torch.Tensor | None] | None) -> None:
+        """Put them back; None clears."""
+        ...
+
+    def wrapper_state(self) -> dict[str, Any]:
+        """State of the model's wrapper that decides how it adds and when it synchronizes."""
+        ...
+
+    def reset_after_abort(self, *, own_fault: bool, wrapper: dict[str, Any]) -> None:
+        """Bring wrappers (DDP's reducer, FSDP2's hooks) back to their state between steps, which `wrapper` describes."""
         ...
 
     def form_groups(self) -> None:
@@ -84,6 +92,7 @@ class Engine:
     def start(self, step: int) -> None:
         """The first boundary, in `on_train_start`."""
         self.step = step
+        self.host.before_step()
         self.commit(Kind.START, step)
         self.memory.commit_tensors(step, self._embedded())
         self._committed = step
@@ -91,16 +100,12 @@ class Engine:
 
     def commit(self, kind: Kind, step: int, result: Any = None) -> Boundary:
         """Write the rank-local state and begin a new segment of the log of collectives."""
-        grads = self._grads() if kind is Kind.ENTRY else None
-        boundary = Boundary(kind, step, dict(self.world.counters), list(self.host.layout()), result, grads, {})
+        grads = self.host.gradients() if kind is Kind.ENTRY else None
+        boundary = Boundary(kind, step, dict(self.world.counters), self.host.wrapper_state(), result, grads, {})
         self._last_blob = self.local.capture(boundary)
         self.memory.commit_local(self._last_blob, step, kind)
         self.memory.log.rotate(boundary.counters)
         return boundary
-
-    def _grads(self) -> list[torch.Tensor | None] | None:
-        grads = [parameter.grad for parameter in self.host.parameters_with_grad()]
-        return grads if any(grad is not None for grad in grads) else None
 
     def _embedded(self) -> bytes:
         """Rank-local state to keep beside tensors: needed to go back further than the ledger does."""
@@ -134,6 +139,7 @@ class Engine:
                 self.in_step = False
 
     def _enter(self) -> None:
+        self.host.before_step()
         if self.memory.modified(self.step):  # by a callback: what was captured at the boundary is not what this step starts from
             self._recapture()
         self._entry = self.commit(Kind.ENTRY, self.step)
@@ -276,9 +282,8 @@ class Engine:
         if self.wrote:
             self.memory.restore_tensors(plan.target)
         self.memory.forget_after(plan.target)
-        for parameter, grad in zip(self.host.parameters_with_grad(), self._entry.grads or _endless_none(), strict=False):
-            parameter.grad = None if grad is None else grad.clone()
-        self.host.reset_after_abort(own_fault=own_fault, layout=self._entry.layout)
+        self.host.set_gradients(self._entry.grads)
+        self.host.reset_after_abort(own_fault=own_fault, wrapper=self._entry.wrapper)
         slot = self.memory.ledger.find(plan.target)
         assert slot is not None
         self.local.restore(self.local.decode(self.memory.ledger.read(slot)))
@@ -305,7 +310,3 @@ class Engine:
                 log.close()
         return found
 
-
-def _endless_none() -> Any:
-    while True:
-        yield None

@@ -94,7 +94,8 @@ class Landing:
             memory.commit_local(memory.local_in_arena(plan.target), boundary.step, boundary.kind)
         memory.log.rotate(boundary.counters)
         world.counters = dict(boundary.counters)
-        engine.host.reset_after_abort(own_fault=True, layout=boundary.layout)
+        engine.host.reset_after_abort(own_fault=True, wrapper=boundary.wrapper)
+        engine.host.set_gradients(boundary.grads)
         engine.local.restore(boundary)
         engine.join(plan)
         world.mode = Mode.BETWEEN

@@ -44,8 +44,8 @@ class Boundary:
     step: int
     counters: dict[str, int]
     """Collectives completed outside steps, by group."""
-    layout: list[int]
-    """Order of DDP's gradients, empty before the first backward."""
+    wrapper: dict[str, Any]
+    """State of the model's wrapper that decides how it adds and when it synchronizes (DDP's bucket order and flags)."""
     result: Any
     """EXIT: what the step returned."""
     grads: list[torch.Tensor | None] | None
@@ -85,6 +85,7 @@ class LocalState:
             "precision": trainer.precision_plugin.state_dict(),
             "torchmetrics": {name: _metric_state(module) for name, module in self.model.named_modules() if isinstance(module, Metric)},
             "attributes": {name: value for name, value in vars(self.model).items() if not name.startswith("_") and is_plain(value)},
+            "evaluating": [name for name, module in self.model.named_modules() if not module.training],
             "should_stop": trainer.should_stop,
             "loaders": [loader.position() for loader in _loaders(trainer)],
             "loggers": compat.logger_versions(trainer),
@@ -142,6 +143,9 @@ class LocalState:
             _restore_metric(modules[name], saved)
         for name, value in state["attributes"].items():
             setattr(self.model, name, value)
+        evaluating = set(state["evaluating"])  # a rank that raised in validation left its modules in eval mode
+        for name, module in modules.items():
+            module.training = name not in evaluating
         trainer.should_stop = state["should_stop"]
         for loader, position in zip(_loaders(trainer), state["loaders"], strict=False):
             loader.adopt(position)

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_gemini import checks, faults
 from lightning_gemini.agent.messages import Hello, Left, Recovered, Waiting
 from lightning_gemini.compat import lightning as compat
-from lightning_gemini.compat.torch import ReadyOrder, impose_layout, reset_fsdp, reshard_fsdp
+from lightning_gemini.compat.torch import ReadyOrder, impose_layout, keep_groups_swappable, reset_fsdp, reshard_fsdp
 from lightning_gemini.config import FaultConfig, GeminiConfig, RecoveryConfig, SnapshotConfig, TelemetryConfig, parse
 from lightning_gemini.data.position import PositionedLoader
 from lightning_gemini.environment import GeminiEnvironment
@@ -136,6 +136,7 @@ class GeminiMixin:
         if not dist.is_initialized():
             reset_seed()
             dist.init_process_group("gemini", store=dist.HashStore(), rank=self.world.rank, world_size=self.world.size)
+            keep_groups_swappable()
         super().setup_environment()  # type: ignore[misc]
 
     def setup(self, trainer: pl.Trainer) -> None:

@@ -7,9 +7,11 @@ data and without peers: it makes gradients ready in the recorded order, one para
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -71,6 +73,27 @@ def reset_fsdp(model: nn.Module) -> None:
     else:
         for child in model.children():
             reset_fsdp(child)
+
+
+def keep_groups_swappable() -> None:
+    """Make `torch.distributed.new_group(backend="gloo")` give a group of ours too.
+
+    A group of an explicitly named backend could neither be formed without a TCPStore nor be re-formed after a recovery; ours serves CPU and
+    CUDA tensors alike. Lightning makes such a group around `prepare_data`.
+    """
+    if getattr(dist.new_group, "lightning_gemini", False):
+        return
+    original = dist.new_group
+
+    @functools.wraps(original)
+    def new_group(*args: Any, **kwargs: Any) -> Any:
+        names = ("ranks", "timeout", "backend")
+        kwargs |= dict(zip(names, args, strict=False))
+        kwargs["backend"] = "gemini"
+        return original(**kwargs)
+
+    new_group.lightning_gemini = True  # type: ignore[attr-defined]
+    dist.new_group = dist.distributed_c10d.new_group = new_group
 
 
 def reshard_fsdp(model: nn.Module) -> None:

@@ -61,7 +61,7 @@ def plan(ranks: Mapping[int, RankInventory], *, replicated: bool) -> RecoveryPla
     if target < 0:
         return RecoveryPlan(action="restart", target=-1, reason="a rank had no boundary yet")
     logs = _furthest(ranks)
-    lacking = [rank for rank, inventory in ranks.items() if not inventory.alive and target not in inventory.local]
+    lacking = [rank for rank, inventory in ranks.items() if target not in inventory.local and _goes_back(inventory, target)]
     if lacking:
         return _rewind(ranks, target, f"rank {lacking[0]} has no local state of step {target}")
     sources = [rank for rank, inventory in ranks.items() if inventory.alive and not inventory.wrote and inventory.boundary == target]
@@ -73,6 +73,11 @@ def plan(ranks: Mapping[int, RankInventory], *, replicated: bool) -> RecoveryPla
         donors = {rank: sources[i % len(sources)] for i, rank in enumerate(absent)}
         return RecoveryPlan(action="in_place", target=target, reason="shards come from live replicas", donors=donors, logs=logs)
     return _rewind(ranks, target, f"the shard of rank {absent[0]} at step {target} has no live replica and is not committed")
+
+
+def _goes_back(inventory: RankInventory, target: int) -> bool:
+    """Whether a rank needs its local state of `target`: only one that stands between steps just there goes on as it is."""
+    return not inventory.alive or inventory.in_step or inventory.wrote or inventory.boundary != target
 
 
 def _furthest(ranks: Mapping[int, RankInventory]) -> dict[str, tuple[int, int]]:

@@ -141,6 +141,16 @@ class SwappableGroup(dist.ProcessGroup):
         options = opts or dist.BarrierOptions()
         return self._run([], [], lambda g: g.barrier(options), lambda: None)
 
+    def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
+        """A barrier; a rank that does not come is the agent's to find, so that the timeout is not used."""
+        self.barrier().wait()
+
+    def shutdown(self) -> None:
+        """`destroy_process_group`: drop what is inside."""
+        self._inner.clear()
+
+    abort = shutdown
+
     # ---- single-tensor forms, which FSDP2 uses
 
     def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:  # noqa: A002

@@ -131,7 +131,7 @@ class GeminiMixin:
         if self.landing is not None:
             self.world.mode = Mode.STAND_IN
         if self.events is None:
-            self.events = EventLog(self._directory, f"rank{link.rank}")
+            self.events = EventLog(self._directory, f"rank{link.rank}", os.environ["LIGHTNING_GEMINI_JOB"])
             self.events.emit("joined", rank=link.rank, spare=self.landing is not None, generation=link.announced)
         if not dist.is_initialized():
             reset_seed()
@@ -274,7 +274,9 @@ class GeminiMixin:
             return result
 
         def attempt() -> Any:
-            return super(GeminiMixin, self).optimizer_step(optimizer, checked, model, **kwargs)  # type: ignore[misc]
+            out = super(GeminiMixin, self).optimizer_step(optimizer, checked, model, **kwargs)  # type: ignore[misc]
+            self._end_backward()
+            return out
 
         return self._step(attempt, lambda out: (detached(out), detached(compat.closure_result(closure))), closure)
 
@@ -287,7 +289,9 @@ class GeminiMixin:
         def attempt() -> Any:
             self._begin_backward()
             faults.fire(self, "forward")
-            return super(GeminiMixin, self).training_step(*args, **kwargs)  # type: ignore[misc]
+            out = super(GeminiMixin, self).training_step(*args, **kwargs)  # type: ignore[misc]
+            self._end_backward()
+            return out
 
         return self._step(attempt, lambda out: (detached(out), None), None)
 
@@ -308,17 +312,14 @@ class GeminiMixin:
                 out, result = boundary.result
                 compat.set_closure_result(closure, result)
                 return out
-            out = engine.repeat(attempt, result_of)
-        else:
-            out = engine.run(attempt, result_of)
-        self._after_step()
-        return out
+            return engine.repeat(attempt, result_of)
+        return engine.run(attempt, result_of)
 
     def _begin_backward(self) -> None:
         """Hook for DDP's record of the order of gradients."""
 
-    def _after_step(self) -> None:
-        """Hook for DDP's record of the order of gradients."""
+    def _end_backward(self) -> None:
+        """Hook for DDP's record of the order of gradients; inside the step, so that the boundary it leads to has the record."""
 
     def emit(self, event: str, **fields: Any) -> None:
         """Telemetry."""
@@ -403,12 +404,12 @@ class GeminiMixin:
         """See `recovery.engine.Host`; only FSDP2 has something to do."""
 
     def wrapper_state(self) -> dict[str, Any]:
-        """See `recovery.engine.Host`; only DDP has some."""
-        return {}
+        """See `recovery.engine.Host`: which parameters train (`toggle_optimizer` changes it within a step); DDP has more."""
+        return {"trainable": [parameter.requires_grad for parameter in self.lightning_module.parameters()]}  # type: ignore[attr-defined]
 
     def reset_after_abort(self, *, own_fault: bool, wrapper: dict[str, Any]) -> None:
         """See `recovery.engine.Host`."""
-        raise NotImplementedError
+        set_trainable(self.lightning_module, wrapper["trainable"])  # type: ignore[attr-defined]
 
 
 class GeminiStrategy(GeminiMixin, DDPStrategy):
@@ -434,6 +435,8 @@ class GeminiStrategy(GeminiMixin, DDPStrategy):
         self._init_gemini(snapshot, recovery, telemetry, faults)
         self._order: ReadyOrder | None = None
         self._layout: list[int] = []
+        self._wrapped: list[bool] = []
+        """Which parameters trained when DDP was set up: these it synchronizes."""
 
     def _rebuilds(self) -> bool:
         return not self._ddp_kwargs.get("find_unused_parameters", False)
@@ -442,25 +445,35 @@ class GeminiStrategy(GeminiMixin, DDPStrategy):
         """As Lightning's; the order of the first gradients is recorded, because it decides the layout of the buckets."""
         super().configure_ddp()
         assert isinstance(self.model, DistributedDataParallel)
+        self._wrapped = super().wrapper_state()["trainable"]
         self._layout = []
         self._order = ReadyOrder(self.model) if self._rebuilds() else None
 
     def wrapper_state(self) -> dict[str, Any]:
         """The order of the first synchronized backward, and whether the next forward broadcasts buffers (not so after a validation)."""
-        return {"order": list(self._layout), **{flag: getattr(self.model, flag) for flag in _DDP_FLAGS}}
+        flags = {flag: getattr(self.model, flag) for flag in _DDP_FLAGS}
+        return super().wrapper_state() | {"order": list(self._layout), **flags}
 
     def _begin_backward(self) -> None:
         if self._order is not None:
             self._order.restart()
 
-    def _after_step(self) -> None:
-        if self._order is not None:
-            self._layout, self._order = list(self._order.freeze()), None
+    def _end_backward(self) -> None:
+        """DDP would rebuild its buckets, with a broadcast, in the next forward; a rank replaced before that could not take part."""
+        if self._order is None or not self._order.complete:
+            return
+        assert isinstance(self.model, DistributedDataParallel)
+        order = torch.tensor(self._order.freeze())
+        dist.broadcast(order, 0)  # as DDP: the order on rank 0 counts
+        self._layout, self._order = order.tolist(), None
+        self.model.reducer._rebuild_buckets()
 
     def reset_after_abort(self, *, own_fault: bool, wrapper: dict[str, Any]) -> None:
         """Survivors keep their reducer, which has finished in good order; otherwise a new wrapper is brought to the same layout."""
         if own_fault or (self._rebuilds() and not wrapper["order"]):
+            set_trainable(self.lightning_module, self._wrapped)
             self._wrap_anew(wrapper["order"])
+        super().reset_after_abort(own_fault=own_fault, wrapper=wrapper)
         for flag in _DDP_FLAGS:
             setattr(self.model, flag, wrapper[flag])
 
@@ -502,6 +515,7 @@ class GeminiFSDP2Strategy(GeminiMixin, ModelParallelStrategy):
 
     def reset_after_abort(self, *, own_fault: bool, wrapper: dict[str, Any]) -> None:
         """FSDP2 resets itself."""
+        super().reset_after_abort(own_fault=own_fault, wrapper=wrapper)
         if self.lightning_module is not None:
             reset_fsdp(self.lightning_module)
             reshard_fsdp(self.lightning_module)
@@ -510,6 +524,12 @@ class GeminiFSDP2Strategy(GeminiMixin, ModelParallelStrategy):
         """See `compat.torch.reshard_fsdp`."""
         assert self.lightning_module is not None
         reshard_fsdp(self.lightning_module)
+
+
+def set_trainable(model: torch.nn.Module, flags: list[bool]) -> None:
+    """Set `requires_grad` of every parameter."""
+    for parameter, flag in zip(model.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
 
 
 def detached(value: Any) -> Any:

@@ -155,9 +155,15 @@ def encode(message: Message) -> bytes:
 
 def decode_from_rank(data: bytes) -> FromRank:
     """Datagram of a rank -> message. Raises `msgspec.DecodeError`, also for a message of the wrong direction or types."""
-    return _from_rank.decode(data)
+    try:
+        return _from_rank.decode(data)
+    except (UnicodeDecodeError, RecursionError) as error:  # msgspec lets these two through
+        raise msgspec.DecodeError(str(error)) from None
 
 
 def decode_from_agent(data: bytes) -> FromAgent:
     """Datagram of the agent -> message. Raises `msgspec.DecodeError`."""
-    return _from_agent.decode(data)
+    try:
+        return _from_agent.decode(data)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from None

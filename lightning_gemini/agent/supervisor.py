@@ -60,6 +60,8 @@ class Supervisor:
         self.store = KeyStore()
         self.selector = selectors.DefaultSelector()
         self.exit_status: int | None = None
+        self.job = f"{os.getpid()}-{time.time_ns()}"
+        """Names this job in the event files."""
         self._configured = False
         self._spare_failures = 0
         self._terminating_since: float | None = None
@@ -155,6 +157,7 @@ class Supervisor:
             "LIGHTNING_GEMINI_FILES": self.files.to_text(),
             "LIGHTNING_GEMINI_WORLD": str(self.world),
             "LIGHTNING_GEMINI_RANK": "" if rank is None else str(rank),
+            "LIGHTNING_GEMINI_JOB": self.job,
             "LIGHTNING_GEMINI_GENERATION": str(self.coordinator.generation),
         }
         try:
@@ -167,7 +170,8 @@ class Supervisor:
         self._listen(child.pidfd, lambda: self._on_exit(member))
 
     def _own_descriptors(self, new: Channel) -> list[int]:
-        return [new.fileno(), *(m.channel.fileno() for m in self.members if not m.ended)]
+        alive = [m for m in self.members if not m.ended]
+        return [new.fileno(), *(m.channel.fileno() for m in alive), *(m.child.pidfd for m in alive)]
 
     def _start_spares(self) -> None:
         if self._terminating_since is not None or self._spare_failures >= _MAX_SPARE_FAILURES:
@@ -181,8 +185,8 @@ class Supervisor:
     def _on_exit(self, member: Member) -> None:
         while not member.ended and self._on_message(member):  # its last words first
             pass
-        code = member.child.reap()
         self._forget(member)
+        code = member.child.reap()
         if self.exit_status is not None:
             return
         if member.rank is None:
@@ -212,6 +216,8 @@ class Supervisor:
         self._start_spares()
 
     def _forget(self, member: Member) -> None:
+        """Before the descriptors are closed: epoll keeps an entry whose file a forked child still holds, and would report it under the
+        number's next owner."""
         member.ended = True
         for file in (member.channel, member.child.pidfd):
             with contextlib.suppress(KeyError, ValueError):
@@ -272,7 +278,7 @@ class Supervisor:
         self._configured = True
         replicated = bool(message.config.pop("replicated"))
         self.config, self.replicated = parse(GeminiConfig, message.config), replicated
-        self.coordinator.events = EventLog(message.directory, "agent")
+        self.coordinator.events = EventLog(message.directory, "agent", self.job)
         self._event("start", world=self.world, spares=self.config.recovery.spares)
         self._start_spares()
 
@@ -323,7 +329,11 @@ class Supervisor:
             self.coordinator.assign(spare, rank)
         decided = self.coordinator.try_plan(self._ranks())
         if decided is not None and decided.action == "restart":
-            self._restart()
+            if decided.repeated_steps:
+                self._end(1, f"nothing to go back to: {decided.reason}, and no older snapshot is complete; {decided.repeated_steps} completed "
+                             "steps are lost, resume from your last checkpoint")  # fmt: skip
+            else:
+                self._restart()
 
     def _restart(self) -> None:
         self._say("a rank was lost before the first step boundary: all ranks start anew")
@@ -355,8 +365,8 @@ class Supervisor:
                 member.child.kill()
         for member in self.members:
             if not member.ended:
-                member.child.reap()
                 self._forget(member)
+                member.child.reap()
 
     def _event(self, event: str, **fields: object) -> None:
         if self.coordinator.events is not None:

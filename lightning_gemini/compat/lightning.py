@@ -104,6 +104,13 @@ def restore_metrics(trainer: pl.Trainer, state: dict[str, Any]) -> None:
         setattr(trainer._logger_connector, name, copy.copy(value))
 
 
+def reset_scaler(trainer: pl.Trainer) -> None:
+    """A step that was cut short may have unscaled its gradients already; a gradient scaler refuses to do so twice."""
+    states = getattr(getattr(trainer.precision_plugin, "scaler", None), "_per_optimizer_states", None)
+    if states is not None:
+        states.clear()
+
+
 def closure_result(closure: Any) -> tuple[Any, ...] | None:
     """(loss, extra) of an executed closure of the automatic loop; None for a closure the user wrapped in something else."""
     result = getattr(closure, "_result", None) if isinstance(closure, Closure) else None

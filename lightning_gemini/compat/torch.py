@@ -33,6 +33,11 @@ class ReadyOrder:
 
         return record
 
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter has got its gradient."""
+        return len(self.order) == len(self._handles)
+
     def restart(self) -> None:
         """A new backward begins."""
         self.order.clear()

@@ -4,13 +4,17 @@ Seam: wraps what `train_dataloader` returned. It records, per epoch, the generat
 fetch (samplers and datasets draw from them), and how many batches were handed out. `begin_at` makes the next iterator start at a
 recorded position: map-style data is skipped through its batch sampler without reading; other data is read and dropped.
 
-Not covered: random augmentation inside loader *workers* of a map-style data set (their generators live in the workers).
+The generators are the global ones and those that the loader, its samplers and its data set hold.
+
+Not covered: random augmentation inside loader *workers* of a map-style data set (their generators live in the workers); iterable data
+without workers whose *order* depends on what else draws from the global generators between two batches.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_gemini.state import rng
 
 _CPU = torch.device("cpu")
+_PARTS = ("dataset", "sampler", "batch_sampler", "_sampler")
 
 
 class PositionedLoader:
@@ -30,7 +35,9 @@ class PositionedLoader:
         self._at_iter: dict[str, Any] | None = None
         self._at_first: dict[str, Any] | None = None
         self._at_fetch: dict[str, Any] | None = None
+        self._reused = False
         self._begin: dict[str, Any] | None = None
+        self._generators: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name == "_loader":  # unpickling asks before it is there
@@ -42,7 +49,8 @@ class PositionedLoader:
 
     def position(self) -> dict[str, Any]:
         """Where the newest batch came from."""
-        return {"count": self._count, "at_iter": self._at_iter, "at_first": self._at_first, "at_fetch": self._at_fetch}
+        at = {"at_iter": self._at_iter, "at_first": self._at_first, "at_fetch": self._at_fetch}
+        return {"count": self._count, "reused": self._reused, **at}
 
     def adopt(self, position: dict[str, Any]) -> None:
         """Take over the records of a position (after the state of a boundary was restored)."""
@@ -54,14 +62,23 @@ class PositionedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         begin, self._begin = self._begin, None
+        self._generators = _held(self._loader)
         if begin is not None and begin["count"]:
             return self._resumed(begin)
-        self._count, self._at_iter = 0, rng.capture(_CPU)
+        self._count, self._at_iter = 0, self._capture()
+        self._reused = getattr(self._loader, "_iterator", None) is not None  # persistent workers: the iterator of the last epoch goes on
         return self._recorded(iter(self._loader))
+
+    def _capture(self) -> dict[str, Any]:
+        return {"global": rng.capture(_CPU), "held": rng.capture_private(self._generators)}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        rng.restore(state["global"], _CPU)
+        rng.restore_private(self._generators, state["held"])
 
     def _recorded(self, inner: Iterator[Any]) -> Iterator[Any]:
         while True:
-            self._at_fetch = rng.capture(_CPU)
+            self._at_fetch = self._capture()
             if self._count == 0:
                 self._at_first = self._at_fetch
             try:
@@ -75,18 +92,22 @@ class PositionedLoader:
         """Lazy, so that the sampler's epoch is set before the sampler is asked."""
         skip = begin["count"] - 1
         self._at_iter, self._at_first, self._at_fetch = begin["at_iter"], begin["at_first"], begin["at_fetch"]
-        rng.restore(begin["at_iter"], _CPU)
+        self._reused = begin["reused"]
+        self._restore(begin["at_iter"])
         loader, workers = self._loader, getattr(self._loader, "num_workers", 0)
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_sampler is not None:
+            sampler = _Skipping(loader.batch_sampler, skip, functools.partial(self._at_draw, begin, bool(workers)))
             clone = copy.copy(loader)
-            sampler = _Skipping(loader.batch_sampler, skip, None if workers else (begin["at_first"], begin["at_fetch"]))
             object.__setattr__(clone, "batch_sampler", sampler)  # DataLoader refuses a new sampler, but reads it only in iter()
             inner = iter(clone)
+            loader._iterator = clone._iterator  # persistent workers serve the next epochs, as the original's do
         else:
             inner = iter(loader)
+            if not workers:
+                self._restore(begin["at_first"])
             for _ in range(skip):
                 next(inner)
-            rng.restore(begin["at_fetch"], _CPU)
+            self._restore(begin["at_fetch"])
         self._count = skip
         while True:
             try:
@@ -95,27 +116,51 @@ class PositionedLoader:
                 return
             self._count += 1
             yield batch
-            self._at_fetch = rng.capture(_CPU)
+            self._at_fetch = self._capture()
+
+
+    def _at_draw(self, begin: dict[str, Any], workers: bool, *, skipped: bool) -> None:
+        """Called before the sampler gives the first batch, and before it gives the one resumed."""
+        if not workers:
+            self._restore(begin["at_fetch" if skipped else "at_first"])
+        elif begin["reused"] and not skipped:  # a new iterator has drawn a seed for its workers, one that goes on has not
+            self._restore(begin["at_iter"])
 
 
 class _Skipping:
-    """A batch sampler without its first `skip` batches; with `generators`, as they were at the first fetch and at the one resumed."""
+    """A batch sampler that leaves out `skip` batches once, when it is used first."""
 
-    def __init__(self, sampler: Any, skip: int, generators: tuple[dict[str, Any], dict[str, Any]] | None) -> None:
-        self._sampler, self._skip, self._generators = sampler, skip, generators
+    def __init__(self, sampler: Any, skip: int, at_draw: Callable[..., None]) -> None:
+        self._sampler, self._skip = sampler, skip
+        self._at_draw: Callable[..., None] | None = at_draw
 
     def __iter__(self) -> Iterator[Any]:
-        if self._generators is not None:
-            rng.restore(self._generators[0], _CPU)
-        batches = iter(self._sampler)
-        for _ in range(self._skip):
-            next(batches)
-        first = next(batches, None)
-        if self._generators is not None:
-            rng.restore(self._generators[1], _CPU)
-        if first is not None:
-            yield first
-            yield from batches
+        return self._batches(iter(self._sampler))
+
+    def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        at_draw, self._at_draw = self._at_draw, None
+        if at_draw is not None:
+            at_draw(skipped=False)
+            for _ in range(self._skip):
+                next(batches)
+            at_draw(skipped=True)
+        yield from batches
 
     def __len__(self) -> int:
         return len(self._sampler)
+
+
+def _held(loader: Any) -> dict[str, Any]:
+    """Generators held by the loader and by what it is made of."""
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+
+    def visit(path: str, holder: Any) -> None:
+        if holder is not None and id(holder) not in seen:
+            seen.add(id(holder))
+            found.update({f"{path}{name}": generator for name, generator in rng.held_by(holder).items()})
+            for part in _PARTS:
+                visit(f"{path}{part}.", getattr(holder, "__dict__", {}).get(part))
+
+    visit("", loader)
+    return found

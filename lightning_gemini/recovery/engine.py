@@ -85,7 +85,6 @@ class Engine:
         """Generation whose first step is complete on this rank."""
         self._committed = -1
         self._last_blob = b""
-        self._entry: Boundary | None = None
 
     # ---- boundaries
 
@@ -142,7 +141,7 @@ class Engine:
         self.host.before_step()
         if self.memory.modified(self.step):  # by a callback: what was captured at the boundary is not what this step starts from
             self._recapture()
-        self._entry = self.commit(Kind.ENTRY, self.step)
+        self.commit(Kind.ENTRY, self.step)
 
     def _attempt(self, attempt: Callable[[], R]) -> R:
         self.in_step, self.wrote, self.world.error = True, False, None
@@ -203,7 +202,6 @@ class Engine:
     def adopt(self, boundary: Boundary) -> None:
         """This rank has landed at `boundary`: it goes on from there."""
         self.step = self._committed = boundary.step
-        self._entry = boundary if boundary.kind is Kind.ENTRY else None
         slot = self.memory.ledger.find(boundary.step)
         self._last_blob = self.memory.ledger.read(slot) if slot else b""
         self.in_step = self.wrote = False
@@ -278,15 +276,15 @@ class Engine:
 
     def _put_back(self, plan: Plan, *, own_fault: bool) -> None:
         """This step is repeated: state as it was on entering it."""
-        assert self._entry is not None
         if self.wrote:
             self.memory.restore_tensors(plan.target)
         self.memory.forget_after(plan.target)
-        self.host.set_gradients(self._entry.grads)
-        self.host.reset_after_abort(own_fault=own_fault, wrapper=self._entry.wrapper)
         slot = self.memory.ledger.find(plan.target)
         assert slot is not None
-        self.local.restore(self.local.decode(self.memory.ledger.read(slot)))
+        entry = self.local.decode(self.memory.ledger.read(slot))
+        self.host.set_gradients(entry.grads)
+        self.host.reset_after_abort(own_fault=own_fault, wrapper=entry.wrapper)
+        self.local.restore(entry)
         self.wrote = False
 
     def join(self, plan: Plan) -> None:

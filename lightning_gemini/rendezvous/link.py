@@ -58,6 +58,7 @@ class Link:
         self.on_recover: Callable[[], None] = lambda: None
         self.on_recovered: Callable[[Recovered], None] = lambda _: None
         self._channel = Channel(socket.socket(fileno=int(os.environ["LIGHTNING_GEMINI_CHANNEL"])))
+        self._agent_pid = os.getppid()
         self._news = threading.Condition()
         self._answers: dict[int, list[bytes] | None] = {}
         self._requests = 0
@@ -110,7 +111,7 @@ class Link:
                 continue
             data = self._channel.receive(wait=True)
             if data is None:
-                self._leave(f"its agent (pid {os.getppid()}) is gone; rank {self.rank} (pid {os.getpid()}) ends, nothing is left behind")
+                self._leave(f"its agent (pid {self._agent_pid}) is gone; rank {self.rank} (pid {os.getpid()}) ends, nothing is left behind")
             else:
                 self._handle(decode_from_agent(data))
 

@@ -96,8 +96,8 @@ def target_of(segment: Segment, live: Mapping[str, torch.Tensor], optimizers: li
     """The live tensor a segment belongs to; optimizer state that does not exist yet is created."""
     if segment.name in live:
         return live[segment.name]
-    kind, number, index, key = segment.name.split("/", 3)
-    assert kind == "optim", f"{segment.name} is in the snapshot but not in the model"
+    assert segment.name.startswith("optim/"), f"{segment.name} is in the snapshot but not in the model"
+    _, number, index, key = segment.name.split("/", 3)
     optimizer = optimizers[int(number)]
     parameter = parameters_of(optimizer)[int(index)]
     dtype: torch.dtype = getattr(torch, segment.dtype)

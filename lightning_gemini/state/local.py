@@ -134,6 +134,7 @@ class LocalState:
             for (index, key), value in scalars.items():
                 optimizer.state[parameters[index]][key] = value
         trainer.precision_plugin.load_state_dict(state["precision"])
+        compat.reset_scaler(trainer)
         buffers = dict(self.model.named_buffers())
         with torch.no_grad():
             for name, saved in state["buffers"].items():

@@ -32,9 +32,16 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
 
 def private_generators(model: nn.Module) -> dict[str, Any]:
     """Generators that modules hold themselves (NeMo's augmenters do), by path."""
-    kinds = (random.Random, np.random.Generator, torch.Generator)
+    return {f"{path}:{name}": value for path, module in model.named_modules() for name, value in held_by(module).items()}
+
+
+def held_by(holder: Any) -> dict[str, Any]:
+    """Generators that are attributes of an object."""
+    kinds = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
     return {
-        f"{path}:{name}": value for path, module in model.named_modules() for name, value in vars(module).items() if isinstance(value, kinds)
+        name: value
+        for name, value in getattr(holder, "__dict__", {}).items()
+        if isinstance(value, kinds) and not isinstance(value, random.SystemRandom)  # which has no state
     }
 
 
@@ -51,7 +58,7 @@ def restore_private(generators: dict[str, Any], states: dict[str, Any]) -> None:
             generator.setstate(state)
         elif isinstance(generator, np.random.Generator):
             generator.bit_generator.state = state
-        elif isinstance(generator, torch.Generator):
+        elif isinstance(generator, (np.random.RandomState, torch.Generator)):
             generator.set_state(state)
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 
 class EventLog:
-    """Appends events to `<directory>/<name>.jsonl`; lines are whole, also when several processes share a file in turn."""
+    """Appends events to `<directory>/<name>.jsonl`; lines are whole, also when several processes share a file in turn.
+    `job` tells the runs of one folder apart."""
 
-    def __init__(self, directory: str, name: str) -> None:
+    def __init__(self, directory: str, name: str, job: str = "") -> None:
+        self.job = job
         self.path = os.path.join(directory, f"{name}.jsonl")
         self._fd: int | None = None
         os.makedirs(directory, exist_ok=True)
@@ -26,7 +28,7 @@ class EventLog:
         """Append one event."""
         if self._fd is None:
             return
-        line = {"event": event, "time": time.time(), "monotonic_ns": time.monotonic_ns(), "pid": os.getpid(), **fields}
+        line = {"event": event, "time": time.time(), "monotonic_ns": time.monotonic_ns(), "pid": os.getpid(), "job": self.job, **fields}
         try:
             os.write(self._fd, (json.dumps(line) + "\n").encode())
         except OSError as error:

@@ -41,14 +41,14 @@ def summarize(directory: str) -> Summary:
     agent = read_events(path)
     begin = max(i for i, event in enumerate(agent) if event["event"] == "start")  # the newest run of the folder
     agent = agent[begin:]
-    started = agent[0]["time"]
+    started, job = agent[0]["time"], agent[0]["job"]
     recoveries = [event for event in agent if event["event"] == "recovered"]
     pids: dict[int, list[int]] = {}
     injected = 0
     for name in sorted(os.listdir(directory)):
         if not (name.startswith("rank") and name.endswith(".jsonl")):
             continue
-        events = [event for event in read_events(os.path.join(directory, name)) if event["time"] >= started - 60]
+        events = [event for event in read_events(os.path.join(directory, name)) if event["job"] == job]
         joined = [event for event in events if event["event"] == "joined"]
         if joined:
             pids[joined[0]["rank"]] = list(dict.fromkeys(event["pid"] for event in joined))

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from lightning_gemini.recovery.plan import RankInventory, RecoveryPlan, plan
 
-
 Steps = tuple[int, ...] | None
 
 

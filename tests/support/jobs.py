@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import struct
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -58,6 +59,7 @@ def run_job(directory: Path, target: Callable[[], None], world: int, timeout_s: 
             fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(fd, 1)
             os.dup2(fd, 2)
+            sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
             os.chdir(directory)
             status = Supervisor(ForkSpawner(target), world).run()
         except BaseException:

@@ -1,0 +1,175 @@
+"""Which bytes of the state each rank owns: all of them, once, evenly; and where restored bytes go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_gemini.state.catalogue import Entry, Segment, catalogue, copy_in, layout, owned, parameters_of, size_of, target_of
+
+DTYPES = {torch.float32: 4, torch.bfloat16: 2, torch.float64: 8, torch.bool: 1, torch.int64: 8}
+tensors = st.builds(
+    lambda shape, dtype: torch.zeros(shape, dtype=dtype),
+    st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    st.sampled_from(list(DTYPES)),
+)
+any_entries = st.lists(st.tuples(tensors, st.booleans()), max_size=8).map(
+    lambda pairs: [Entry(f"param/{i}", tensor, shared) for i, (tensor, shared) in enumerate(pairs)]
+)
+any_world = st.integers(1, 9)
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@given(entries=any_entries, world=any_world)
+@settings(max_examples=150, deadline=None)
+def test_every_shared_byte_has_exactly_one_owner(entries: list[Entry], world: int) -> None:
+    covered = {entry.name: [0] * nbytes(entry.tensor) for entry in entries if entry.shared}
+    for rank in range(world):
+        for segment, tensor in owned(entries, rank, world):
+            assert segment.start >= 0 and segment.start + segment.length <= nbytes(tensor)
+            assert (segment.shape, segment.dtype) == (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            if segment.shared:
+                assert segment.length > 0
+                for i in range(segment.start, segment.start + segment.length):
+                    covered[segment.name][i] += 1
+    assert all(count == 1 for counts in covered.values() for count in counts)
+
+
+@given(entries=any_entries, world=any_world)
+@settings(max_examples=100, deadline=None)
+def test_private_tensors_are_kept_whole_by_their_rank(entries: list[Entry], world: int) -> None:
+    for rank in range(world):
+        private = [(s.name, s.start, s.length) for s, _ in owned(entries, rank, world) if not s.shared]
+        assert private == [(entry.name, 0, nbytes(entry.tensor)) for entry in entries if not entry.shared]
+
+
+@given(entries=any_entries, world=any_world)
+@settings(max_examples=100, deadline=None)
+def test_shares_differ_by_one_byte_at_most(entries: list[Entry], world: int) -> None:
+    shares = [sum(s.length for s, _ in owned(entries, rank, world) if s.shared) for rank in range(world)]
+    assert max(shares) - min(shares) <= 1
+    assert sum(shares) == size_of(entry for entry in entries if entry.shared)
+
+
+@given(entries=any_entries, world=any_world)
+@settings(max_examples=50, deadline=None)
+def test_a_share_is_one_range_of_the_concatenated_bytes(entries: list[Entry], world: int) -> None:
+    starts, position = {}, 0
+    for entry in entries:
+        starts[entry.name] = position
+        position += nbytes(entry.tensor) if entry.shared else 0
+    position = 0
+    for rank in range(world):
+        for segment, _ in owned(entries, rank, world):
+            if segment.shared:
+                assert starts[segment.name] + segment.start == position
+                position += segment.length
+
+
+# ---- the catalogue of a model
+
+
+def trained(kind: type[torch.optim.Optimizer], **options: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model that has done three steps."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    model[3].bias.requires_grad_(False)
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=0.1, **options)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 2, 3, 3)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def test_names_and_order() -> None:
+    model, optimizer = trained(torch.optim.SGD, momentum=0.9)
+    names = [entry.name for entry in catalogue(model, [optimizer], replicated=True)]
+    assert names[:4] == ["param/0.weight", "param/0.bias", "param/1.weight", "param/1.bias"]
+    assert names[6:] == [f"optim/0/{i}/momentum_buffer" for i in range(5)]
+    assert "param/3.bias" in names, "frozen parameters are state too"
+    assert not any("running_mean" in name for name in names), "buffers belong to the rank-local state"
+
+
+@pytest.mark.parametrize("replicated", [True, False])
+def test_who_holds_them(replicated: bool) -> None:
+    model, optimizer = trained(torch.optim.Adam)
+    assert {entry.shared for entry in catalogue(model, [optimizer], replicated=replicated)} == {replicated}
+
+
+def test_entries_are_the_live_tensors() -> None:
+    model, optimizer = trained(torch.optim.Adam)
+    for entry in catalogue(model, [optimizer], replicated=True):
+        entry.tensor.fill_(7)
+    assert all((p == 7).all() for p in model.parameters())
+    assert all((v == 7).all() for state in optimizer.state.values() for v in state.values())
+
+
+def test_the_layout_tells_models_apart() -> None:
+    model, _ = trained(torch.optim.SGD)
+    other, _ = trained(torch.optim.SGD)
+    assert layout(catalogue(model, [], replicated=True)) == layout(catalogue(other, [], replicated=True))
+    assert layout(catalogue(model, [], replicated=True)) != layout(catalogue(other.double(), [], replicated=True))
+
+
+def test_looking_at_an_unused_optimizer_does_not_make_state() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    catalogue(model, [optimizer], replicated=True)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.Adam, {}),
+        (torch.optim.AdamW, {"amsgrad": True}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.SGD, {}),
+        (torch.optim.Adagrad, {}),
+        (torch.optim.RMSprop, {"momentum": 0.5, "centered": True}),
+        (torch.optim.NAdam, {}),
+    ],
+)
+def test_a_new_process_goes_on_with_the_same_bits(kind: type[torch.optim.Optimizer], options: dict[str, float]) -> None:
+    """Restoring into a fresh optimizer makes its state; both then take the same step."""
+    model, optimizer = trained(kind, **options)
+    twin, fresh = trained(kind, **options)
+    fresh.state.clear()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    live = {entry.name: entry.tensor for entry in catalogue(twin, [fresh], replicated=True)}
+    source = catalogue(model, [optimizer], replicated=True)
+    for rank in range(3):
+        for segment, tensor in owned(source, rank, 3):
+            data = tensor.contiguous().reshape(-1).view(torch.uint8)[segment.start : segment.start + segment.length].clone()
+            live[segment.name] = target_of(segment, live, [fresh])
+            copy_in(live[segment.name], segment.start, data)
+    twin.load_state_dict({**twin.state_dict(), **dict(model.named_buffers())})
+    for m, o in ((model, optimizer), (twin, fresh)):
+        o.zero_grad()
+        m(torch.ones(4, 2, 3, 3)).square().sum().backward()
+        o.step()
+    for p, q in zip(parameters_of(optimizer), parameters_of(fresh), strict=True):
+        assert torch.equal(p, q)
+        assert optimizer.state[p].keys() == fresh.state[q].keys()
+        for key, value in optimizer.state[p].items():
+            assert fresh.state[q][key].dtype == value.dtype and torch.equal(fresh.state[q][key], value), key
+
+
+def test_state_that_is_there_is_not_made_again() -> None:
+    model, optimizer = trained(torch.optim.Adam)
+    live = {entry.name: entry.tensor for entry in catalogue(model, [optimizer], replicated=True)}
+    (segment, tensor), *_ = [pair for pair in owned(catalogue(model, [optimizer], replicated=True), 0, 1) if "exp_avg_sq" in pair[0].name]
+    assert target_of(segment, live, [optimizer]).data_ptr() == tensor.data_ptr()
+
+
+def test_a_parameter_that_the_model_lacks_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="param/gone is in the snapshot but not in the model"):
+        target_of(Segment("param/gone", (1,), "float32", True, 0, 4), {}, [])

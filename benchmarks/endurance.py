@@ -22,6 +22,7 @@ from benchmarks import launch
 from benchmarks.common import MIB, Check, Report, main, progress
 from benchmarks.job import Gate
 from lightning_gemini import GeminiStrategy
+from lightning_gemini.telemetry.events import read_events
 from tests.support import jobs, models
 
 _APART = 2
@@ -135,7 +136,7 @@ class Watch:
         return len(launch.agent_events(self.directory, "recovered")) >= kills and launch.spare_ready(self.directory)
 
     def _survivor(self) -> int:
-        events = launch.read_events(str(self.directory / "gemini" / f"rank{_SURVIVOR}.jsonl"))
+        events = read_events(str(self.directory / "gemini" / f"rank{_SURVIVOR}.jsonl"))
         return int(events[0]["pid"])
 
 
@@ -180,9 +181,9 @@ def measure(quick: bool) -> Report:
         seconds = [sum(event["seconds"].values()) for event in result.recoveries]
         report.spreads("Seconds of each recovery, from the agent's telemetry", {"SIGKILL, forked spares": seconds})
     report.say(
-        f"{launch.WORLD} ranks, forked from a process that has torch and lightning imported, so that RSS contains pages shared with it. Kills "
-        f"strike ranks 0 to {_SURVIVOR - 1} in turn, in {', '.join(_PLACES)} in turn, {_APART} steps apart; rank {_SURVIVOR} survives all of "
-        "them. Compared bit by bit: losses of every step, parameters, buffers, optimizer state, learning rates, metrics, RNG."
+        f"{launch.WORLD} ranks, forked from a process that has torch and lightning imported, so that RSS contains pages shared with it. "
+        f"Kills strike ranks 0 to {_SURVIVOR - 1} in turn, in {', '.join(_PLACES)} in turn, {_APART} steps apart; rank {_SURVIVOR} survives "
+        "all of them. Compared bit by bit: losses of every step, parameters, buffers, optimizer state, learning rates, metrics, RNG."
     )
     return report
 

@@ -156,8 +156,8 @@ def measure(quick: bool) -> Report:
     report.say(
         "memcpy is libc's, on one thread, into preallocated shared memory. A snapshot in the background is handed over by `drain()`, which "
         "returns at once; `settle()` is called before the optimizer writes and waits for what is left of it. Blocked is the time spent in "
-        f"both calls around a computation {snapshot_micro.COMPUTE_FACTOR:g} times as long as a memcpy. Where more ranks than cores compute, "
-        "the copy takes its CPU seconds from the computation instead; that share is in `computing + snapshot`."
+        f"both calls around a computation {snapshot_micro.COMPUTE_FACTOR:g} times as long as a memcpy. Where more ranks than cores "
+        "compute, the copy takes its CPU seconds from the computation instead; that share is in `computing + snapshot`."
     )
     return report
 

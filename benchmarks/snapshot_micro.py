@@ -99,7 +99,7 @@ class _Bench:
     def __init__(self, size: int, barrier: Barrier) -> None:
         self.barrier = barrier
         self.tensors = _tensors(size)
-        self.views = [memoryview(tensor.numpy()).cast("B") for tensor in self.tensors]
+        self.views = [memoryview(tensor.numpy().data).cast("B") for tensor in self.tensors]
         self.memory = _memory(self.tensors)
         self.copiers = _copier(self.tensors)
         self.copy = next(self.copiers)

@@ -36,10 +36,13 @@ def world_of(strategy: Any) -> int:
         raise ValueError(f"num_nodes={strategy.num_nodes} is not supported yet: use num_nodes=1")
     if world < 2:
         raise ValueError(f"devices={world} leaves nobody to recover from: set Trainer(devices=2) or more, or use strategy='auto'")
-    given = os.environ.get("LIGHTNING_GEMINI_WORLD")
-    if given is not None and int(given) != world:
-        raise ValueError(f"devices={world} differs from --nproc-per-node={given}: give both the same number")
     return world
+
+
+def same_world(given: int, devices: int) -> None:
+    """The agent's number of ranks and the Trainer's."""
+    if given != devices:
+        raise ValueError(f"devices={devices} differs from --nproc-per-node={given}: give both the same number")
 
 
 def writable(directory: str, key: str) -> None:
@@ -70,7 +73,7 @@ def optimizer(optimizer_: torch.optim.Optimizer) -> None:
     try:
         optimizer_.state_dict()
     except Exception as error:
-        raise ValueError(f"optimizer {type(optimizer_).__name__}.state_dict() failed ({error}): it cannot be restored") from error
+        raise ValueError(f"optimizer {type(optimizer_).__name__}.state_dict() failed ({error}): it cannot be restored; use an optimizer whose state_dict works") from error
 
 
 def same_layout(entries: list[Entry], replicated: bool) -> None:

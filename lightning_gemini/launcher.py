@@ -43,6 +43,8 @@ class GeminiLauncher(_Launcher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Run `function` in every rank."""
         if not in_agent():
+            if trainer is not None:
+                self.strategy.check_directory(trainer)
             become_agent(self.world)
         if trainer is None or trainer.state.fn is not TrainerFn.FITTING:
             return function(*args, **kwargs)

@@ -41,7 +41,7 @@ from lightning_gemini.recovery.memory import Memory, expected_size
 from lightning_gemini.rendezvous import group
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode, World
-from lightning_gemini.state.catalogue import Entry, catalogue, local, size_of
+from lightning_gemini.state.catalogue import Entry, catalogue, local, parameters_of, size_of
 from lightning_gemini.state.local import Kind, LocalState
 from lightning_gemini.telemetry import banner
 from lightning_gemini.telemetry.events import EventLog
@@ -78,7 +78,9 @@ class GeminiMixin:
         self.recoveries: list[Recovered] = []
         """Recoveries of this job that this rank has been told of, oldest first."""
         self._accumulating = False
-        """Gradients hold something that no optimizer has used yet."""
+        """Automatic optimization: gradients hold something that the optimizer has not used yet."""
+        self._used: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        """Manual optimization: the gradients (by id of their parameter), with version, that an optimizer has used."""
 
     # ---- joining
 
@@ -93,10 +95,19 @@ class GeminiMixin:
             group.register(lambda: _process["world"])  # type: ignore[no-any-return]
         link = self.link
         link.on_recover, link.on_recovered = self._on_recover, self._on_recovered
+        try:
+            checks.same_world(link.world, checks.world_of(self))
+            self._directory = self.check_directory(trainer)
+        except ValueError as error:
+            self.give_up(error)
+            raise
+        link.send(Hello(pid=os.getpid(), config=asdict(self.config) | {"replicated": self.replicated}, directory=self._directory))
+
+    def check_directory(self, trainer: pl.Trainer) -> str:
+        """The folder of the event files; also asked before the first process is started."""
         directory = self.config.telemetry.directory or os.path.join(trainer.default_root_dir, "gemini")
         checks.writable(directory, "telemetry.directory")
-        link.send(Hello(pid=os.getpid(), config=asdict(self.config) | {"replicated": self.replicated}, directory=os.path.abspath(directory)))
-        self._directory = os.path.abspath(directory)
+        return os.path.abspath(directory)
 
     @property
     def link(self) -> Link:
@@ -145,11 +156,14 @@ class GeminiMixin:
             super().setup(trainer)  # type: ignore[misc]
             return
         checks.trainer(self, trainer)
+        if self.landing is None:
+            checks.same_layout(catalogue(self.lightning_module, [], replicated=self.replicated), self.replicated)  # type: ignore[attr-defined]
         self._attach_callback(trainer)
         super().setup(trainer)  # type: ignore[misc]
         for optimizer in compat.unwrap_optimizers(trainer):
             checks.optimizer(optimizer)
             optimizer.register_step_pre_hook(self._gate)
+            optimizer.register_step_post_hook(self._note_used)
         self._trainer = trainer
         self._make_engine(trainer)
 
@@ -167,16 +181,15 @@ class GeminiMixin:
         if self.engine is not None:
             self.engine.memory.close()
         memory = Memory(self.link, self.config.snapshot, self.entries, lambda: compat.unwrap_optimizers(trainer))
-        gradients = size_of(entries) if trainer.accumulate_grad_batches > 1 else 0
+        accumulating = trainer.accumulate_grad_batches > 1 or not self.lightning_module.automatic_optimization  # type: ignore[attr-defined]
+        gradients = size_of(entries) if accumulating else 0
         need = expected_size(entries, optimizers, self.world.rank, self.world.size)
         memory.allocate(need, gradients)
         self.engine = Engine(self.world, self.config, memory, LocalState(trainer), self)  # type: ignore[arg-type]
         self.world.log = memory.log
         self.world.stand_still = self.engine.stand_still
-        if self.landing is None:
-            checks.same_layout(entries, self.replicated)
-            if self.config.telemetry.banner and self.world.rank == 0:
-                banner.show(self.config, self.world.size, need, self.replicated)
+        if self.landing is None and self.config.telemetry.banner and self.world.rank == 0:
+            banner.show(self.config, self.world.size, need, self.replicated)
 
     def entries(self) -> list[Entry]:
         """The live tensors of the state."""
@@ -261,6 +274,16 @@ class GeminiMixin:
         self._accumulating = False
         faults.fire(self, "optimizer")
 
+    def _note_used(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Post-hook of every optimizer step."""
+        if not self.lightning_module.automatic_optimization:  # type: ignore[attr-defined]
+            grads = ((id(parameter), parameter.grad) for parameter in parameters_of(optimizer))
+            self._used |= {key: (weakref.ref(grad), grad._version) for key, grad in grads if grad is not None}
+
+    def _unused(self, parameter: torch.Tensor) -> bool:
+        reference, version = self._used.get(id(parameter), (lambda: None, -1))
+        return parameter.grad is not None and (reference() is not parameter.grad or version != parameter.grad._version)
+
     def optimizer_step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Automatic optimization: the step that can be repeated."""
         engine = self.engine
@@ -275,6 +298,7 @@ class GeminiMixin:
 
         def attempt() -> Any:
             out = super(GeminiMixin, self).optimizer_step(optimizer, checked, model, **kwargs)  # type: ignore[misc]
+            self._accumulating = False  # also where a gradient scaler has skipped the write
             self._end_backward()
             return out
 
@@ -386,9 +410,9 @@ class GeminiMixin:
 
     def gradients(self) -> list[torch.Tensor | None] | None:
         """See `recovery.engine.Host`."""
-        if not self._accumulating:
-            return None
-        return [None if p.grad is None else local(p.grad) for p in self.lightning_module.parameters()]  # type: ignore[attr-defined]
+        module = self.lightning_module  # type: ignore[attr-defined]
+        kept = self._accumulating if module.automatic_optimization else any(map(self._unused, module.parameters()))
+        return [None if p.grad is None else local(p.grad) for p in module.parameters()] if kept else None
 
     def set_gradients(self, gradients: list[torch.Tensor | None] | None) -> None:
         """See `recovery.engine.Host`."""

@@ -57,7 +57,7 @@ class Coordinator:
         self._faults[step] += 1
         self._emit("fault", rank=rank, step=step, reason=reason)
         if self._faults[step] > self._max_faults():
-            return f"{self._faults[step]} faults in step {step} (recovery.max_faults_per_step={self._max_faults()}); the last: {reason}"
+            return f"{self._faults[step]} faults in step {step} (recovery.max_faults_per_step={self._max_faults()})"
         injected, now = self.board.get(rank, FAULT_NS), time.monotonic_ns()
         previous = self.recovery
         self.generation += 1

@@ -286,7 +286,7 @@ class Supervisor:
         if not message.recoverable:
             self._end(1, f"{member.name} failed in {message.where}:\n{message.error}")
         elif message.generation == self.coordinator.generation:
-            self._fault(member, f"rank {member.rank} raised in {message.where}: {message.error.strip().splitlines()[-1]}", message.at_ns)
+            self._fault(member, f"rank {member.rank} raised in {message.where}: {message.error.strip().splitlines()[-1]}", message)
         else:
             self._event("fault_in_recovery", rank=member.rank, where=message.where, error=message.error)
 
@@ -304,11 +304,12 @@ class Supervisor:
 
     # ---- recovery
 
-    def _fault(self, member: Member, reason: str, at_ns: int = 0) -> None:
+    def _fault(self, member: Member, reason: str, raised: Fault | None = None) -> None:
         assert member.rank is not None
-        ending = self.coordinator.fault(member.rank, reason, self._ranks(), at_ns)
+        ending = self.coordinator.fault(member.rank, reason, self._ranks(), raised.at_ns if raised else 0)
         if ending is not None:
-            self._end(1, ending)
+            what = f"{member.name} raised in {raised.where}:\n{raised.error}" if raised else reason
+            self._end(1, f"{ending}; the last: {what}")
             return
         self.store.open(self.coordinator.generation)
         self._wait_deadline = time.monotonic() + self.config.recovery.regroup_timeout_s

@@ -99,8 +99,7 @@ class Engine:
 
     def commit(self, kind: Kind, step: int, result: Any = None) -> Boundary:
         """Write the rank-local state and begin a new segment of the log of collectives."""
-        grads = self.host.gradients() if kind is Kind.ENTRY else None
-        boundary = Boundary(kind, step, dict(self.world.counters), self.host.wrapper_state(), result, grads, {})
+        boundary = Boundary(kind, step, dict(self.world.counters), self.host.wrapper_state(), result, self.host.gradients(), {})
         self._last_blob = self.local.capture(boundary)
         self.memory.commit_local(self._last_blob, step, kind)
         self.memory.log.rotate(boundary.counters)

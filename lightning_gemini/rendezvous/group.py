@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions
 
-from lightning_gemini.rendezvous.world import Mode, World
 from lightning_gemini.rendezvous.works import AbsorbingWork, DoneWork
+from lightning_gemini.rendezvous.world import Mode, World
 
 Tensors = list[torch.Tensor]
 
@@ -127,7 +128,7 @@ class SwappableGroup(dist.ProcessGroup):
 
     def allgather(self, outputs: list[Tensors], inputs: Tensors, opts: Any = None) -> dist.Work:
         """All-gather into lists."""
-        options = opts or dist.AllgatherOptions()
+        options = opts or AllgatherOptions()
 
         def alone() -> None:
             for outs, tensor in zip(outputs, inputs, strict=True):
@@ -153,15 +154,15 @@ class SwappableGroup(dist.ProcessGroup):
 
     # ---- single-tensor forms, which FSDP2 uses
 
-    def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:  # noqa: A002
-        options = opts or dist.AllgatherOptions()
+    def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
+        options = opts or AllgatherOptions()
 
         def alone() -> None:
             output.copy_(torch.cat([input.reshape(-1)] * self._size).view_as(output))
 
         return self._run([output], [output], lambda g: g._allgather_base(output, input, options), alone)
 
-    def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:  # noqa: A002
+    def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
         options = opts or dist.ReduceScatterOptions()
         if self._world.mode is Mode.STEP and self._size > 1:
             return self._in_step(input, [output], lambda g: g._reduce_scatter_base(output, input, options))
@@ -261,7 +262,7 @@ class SwappableGroup(dist.ProcessGroup):
             output.detach().copy_(part[self._rank])
         return DoneWork(outputs)
 
-    def alltoall_base(self, output: torch.Tensor, input: torch.Tensor, out_splits: Any, in_splits: Any, opts: Any = None) -> dist.Work:  # noqa: A002
+    def alltoall_base(self, output: torch.Tensor, input: torch.Tensor, out_splits: Any, in_splits: Any, opts: Any = None) -> dist.Work:
         """All-to-all of one tensor; unequal parts inside a step only."""
         options = opts or dist.AllToAllOptions()
         if self._world.mode is Mode.STEP and self._size > 1:

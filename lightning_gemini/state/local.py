@@ -49,7 +49,7 @@ class Boundary:
     result: Any
     """EXIT: what the step returned."""
     grads: list[torch.Tensor | None] | None
-    """ENTRY with gradient accumulation: the gradients gathered so far."""
+    """Gradients gathered so far that no optimizer has used; None without any."""
     state: dict[str, Any]
 
 

@@ -92,14 +92,6 @@ class Gan(Struck):
         first, second = self.optimizers()  # type: ignore[misc]
         self.saboteur("training", self.global_rank, self.trainer.fit_loop.total_batch_idx)
         x, y = batch
-        self.toggle_optimizer(second)
-        loss = mse_loss(self.critic(self.net(x).detach()), torch.zeros_like(y)) + mse_loss(self.critic(y), torch.ones_like(y))
-        second.zero_grad()
-        self.manual_backward(loss)
-        self.clip_gradients(second, gradient_clip_val=0.5)
-        second.step()
-        self.untoggle_optimizer(second)
-        self.saboteur("between writes", self.global_rank, self.trainer.fit_loop.total_batch_idx)
         self.toggle_optimizer(first)
         generated = mse_loss(self.critic(self.net(x)), torch.ones_like(y))
         self.manual_backward(generated / 2)
@@ -108,6 +100,14 @@ class Gan(Struck):
             first.zero_grad()
             self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
         self.untoggle_optimizer(first)
+        self.saboteur("between writes", self.global_rank, self.trainer.fit_loop.total_batch_idx)
+        self.toggle_optimizer(second)
+        loss = mse_loss(self.critic(self.net(x).detach()), torch.zeros_like(y)) + mse_loss(self.critic(y), torch.ones_like(y))
+        second.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(second, gradient_clip_val=0.5)
+        second.step()
+        self.untoggle_optimizer(second)
         self.log("generated", generated, on_step=True, on_epoch=True)
         return {"loss": loss.detach() + generated.detach()}
 

@@ -8,7 +8,9 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -157,6 +159,7 @@ def options(description: str | None) -> argparse.Namespace:
 def main(description: str | None, measure: Callable[[bool], Report]) -> None:
     """Run one benchmark as a program."""
     chosen = options(description)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception, so that jobs are ended too
     report = measure(chosen.quick)
     report.finish(chosen.output)
     if chosen.checks is not None:

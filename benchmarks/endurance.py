@@ -6,7 +6,9 @@ spare is ready; then the agent and the one rank that is never killed are looked 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import statistics
 import tempfile
 import time
@@ -120,8 +122,10 @@ class Watch:
     def __init__(self, directory: Path, plan: Plan) -> None:
         self.directory, self.plan = directory, plan
         self.samples: list[Sample] = []
+        self.agent = 0
 
     def __call__(self, agent: int) -> None:
+        self.agent = agent
         deadline = time.monotonic() + _TIMEOUT_S
         for done, gate in enumerate(self.plan.gates):
             while not self._ready(done):
@@ -143,13 +147,23 @@ class Watch:
 def _growth(report: Report, samples: list[Sample], ends: int) -> None:
     rows = []
     for name in samples[0]:
-        values = [sample[name] for sample in samples]
+        values = [sample[name] for sample in samples[1:]]
         first, last = statistics.median(values[:ends]), statistics.median(values[-ends:])
-        rows.append([name, f"{values[0]:g}", f"{first:g}", f"{last:g}", f"{last / first:.3f}", f"{min(values):g}", f"{max(values):g}"])
+        figures = [f"{value:g}" for value in (samples[0][name], first, last, last / first, min(values), max(values))]
+        rows.append([name, *figures])
         exact = "descriptors" in name or "threads" in name or "shared memory" in name
         report.check(Check(f"{name}, last / first", last / first, 1.0 if exact else _MEMORY_TARGET))
     header = ["", "before", f"median of first {ends}", f"median of last {ends}", "ratio", "min", "max"]
     report.table("After each recovery, when a spare is ready", header, rows)
+
+
+def _kills(directory: Path, plan: Plan, watch: Watch) -> jobs.Result:
+    try:
+        return jobs.run_job(directory, _target(directory, plan, True), launch.WORLD, _TIMEOUT_S, watch)
+    except BaseException:  # the job has a session of its own: it does not end with this process
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(watch.agent, signal.SIGKILL)
+        raise
 
 
 def _identical(disturbed: jobs.Result, undisturbed: jobs.Result) -> bool:
@@ -172,18 +186,18 @@ def measure(quick: bool) -> Report:
         reference = jobs.run_job(base / "undisturbed", _target(base / "undisturbed", plan, False), launch.WORLD, _TIMEOUT_S)
         progress(f"the same with {plan.kills} kills")
         watch = Watch(base / "kills", plan)
-        result = jobs.run_job(base / "kills", _target(base / "kills", plan, True), launch.WORLD, _TIMEOUT_S, watch)
+        result = _kills(base / "kills", plan, watch)
         if result.exit_status != 0 or len(watch.samples) != len(plan.gates) or result.injected != plan.kills:
             raise RuntimeError(f"{result.injected} of {plan.kills} kills, exit status {result.exit_status}:\n{result.output[-6000:]}")
-        _growth(report, watch.samples[1:], min(_ENDS, plan.kills // 2))
+        _growth(report, watch.samples, min(_ENDS, plan.kills // 2))
         report.check(Check("bit-identical to the undisturbed run (1: yes)", float(_identical(result, reference)), 1.0, at_least=True))
         report.check(Check("recoveries", float(len(result.recoveries)), float(plan.kills), at_least=True))
         seconds = [sum(event["seconds"].values()) for event in result.recoveries]
         report.spreads("Seconds of each recovery, from the agent's telemetry", {"SIGKILL, forked spares": seconds})
     report.say(
         f"{launch.WORLD} ranks, forked from a process that has torch and lightning imported, so that RSS contains pages shared with it. "
-        f"Kills strike ranks 0 to {_SURVIVOR - 1} in turn, in {', '.join(_PLACES)} in turn, {_APART} steps apart; rank {_SURVIVOR} survives "
-        "all of them. Compared bit by bit: losses of every step, parameters, buffers, optimizer state, learning rates, metrics, RNG."
+        f"Kills strike ranks 0 to {_SURVIVOR - 1} in turn, in {', '.join(_PLACES)} in turn, {_APART} steps apart; rank {_SURVIVOR} "
+        "survives all of them. Compared bit by bit: losses of every step, parameters, buffers, optimizer state, learning rates, RNG."
     )
     return report
 

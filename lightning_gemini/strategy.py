@@ -185,7 +185,7 @@ class GeminiMixin:
         gradients = size_of(entries) if accumulating else 0
         need = expected_size(entries, optimizers, self.world.rank, self.world.size)
         memory.allocate(need, gradients)
-        self.engine = Engine(self.world, self.config, memory, LocalState(trainer), self)  # type: ignore[arg-type]
+        self.engine = Engine(self.world, self.config, memory, LocalState(trainer, self.engine and self.engine.local), self)  # type: ignore[arg-type]
         self.world.log = memory.log
         self.world.stand_still = self.engine.stand_still
         if self.landing is None and self.config.telemetry.banner and self.world.rank == 0:
@@ -396,6 +396,7 @@ class GeminiMixin:
             dist.barrier()  # together: a rank that dies after its last step is still replaced, and finishes what follows it
             self.engine.memory.settle()
             self.engine.report_resumed()
+            self.engine.finished = True
         self.emit("left_fit")
         self.link.send(Left())
 

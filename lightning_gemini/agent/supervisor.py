@@ -93,6 +93,7 @@ class Supervisor:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             wake.close()
+            self._wake_writer.close()
             self.selector.close()
             self.coordinator.board.close()
             self.files.close()
@@ -114,6 +115,8 @@ class Supervisor:
             if number in (signal.SIGTERM, signal.SIGINT):
                 self._terminating_since = self._terminating_since or time.monotonic()
                 for member in self.members:
+                    if member.ended:
+                        continue
                     if member.rank is None:
                         member.child.kill()
                     elif number == signal.SIGTERM:
@@ -183,7 +186,9 @@ class Supervisor:
             self._start(None)
 
     def _on_exit(self, member: Member) -> None:
-        while not member.ended and self._on_message(member):  # its last words first
+        if member.ended:  # by a restart, after the selector had reported it
+            return
+        while self._on_message(member):  # its last words first
             pass
         self._forget(member)
         code = member.child.reap()
@@ -195,12 +200,14 @@ class Supervisor:
             member.left = True
             if all(m.left and m.ended for m in self.members if m.rank is not None):
                 self._end(0, "")
+            elif self._terminating_since is not None and not self._ranks():
+                self._end(128 + signal.SIGTERM, "ended by signal")
         elif self._terminating_since is not None:
             if not self._ranks():
                 self._end(128 + signal.SIGTERM, "ended by signal")
         elif code > 0 and (member.left or not member.in_fit):
             self._end(code, f"rank {member.rank} (pid {member.child.pid}) ended with exit status {code} outside of fit")
-        elif any(m.ended and m.left for m in self.members if m.rank is not None):
+        elif any(m.ended and m.left for m in self.members if m.rank is not None and m is not member):
             self._end(1, f"rank {member.rank} died (exit status {code}) when other ranks had finished already")
         else:
             self.members.remove(member)
@@ -227,6 +234,8 @@ class Supervisor:
     # ---- messages
 
     def _on_message(self, member: Member) -> bool:
+        if member.ended:
+            return False
         try:
             data = member.channel.receive(wait=False)
         except BlockingIOError:

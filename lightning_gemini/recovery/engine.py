@@ -81,6 +81,8 @@ class Engine:
         """The newest boundary all ranks have committed, and the step under way."""
         self.in_step = False
         self.wrote = False
+        self.finished = False
+        """`fit` has returned; what follows it, such as `test`, has no step that would tell that this rank has gone on."""
         self.resumed_generation = world.generation
         """Generation whose first step is complete on this rank."""
         self._committed = -1
@@ -211,6 +213,8 @@ class Engine:
     def stand_still(self, error: BaseException | None) -> None:
         """Between steps, a collective failed or a recovery was announced: returns when this rank has joined the new generation."""
         self._recover(error)
+        if self.finished:
+            self.report_resumed()
 
     def _recover(self, error: BaseException | None) -> Plan:
         own = error is not None and self._is_own(error)

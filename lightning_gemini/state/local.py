@@ -1,7 +1,7 @@
 """The rank-local state: everything of a step boundary that is not a tensor of the model or its optimizers.
 
 RNG of the boundary, progress of the loops, values logged in the epoch, metrics, callbacks, schedulers, scaler, position of the loader,
-torchmetrics, plain attributes of the LightningModule. Stored with pickle in the rank's own shared memory; it never crosses a socket.
+torchmetrics, plain attributes of the LightningModule, and of callbacks those that have changed since set-up (a process id has not). Stored with pickle in the rank's own shared memory; it never crosses a socket.
 Objects that belong to the process (trainer, model, metrics …) are pickled by name and resolved to this process's own on loading.
 """
 
@@ -56,7 +56,8 @@ class Boundary:
 class LocalState:
     """Captures and restores the rank-local state of one `fit`."""
 
-    def __init__(self, trainer: pl.Trainer) -> None:
+    def __init__(self, trainer: pl.Trainer, previous: LocalState | None = None) -> None:
+        """`previous` is that of an earlier entry of `fit` in this process: the callbacks have changed since then."""
         self.trainer = trainer
         self.model = trainer.lightning_module
         self._anchors: dict[str, Any] = {"trainer": trainer, "strategy": trainer.strategy, "datamodule": trainer.datamodule}
@@ -65,6 +66,7 @@ class LocalState:
         self._anchors |= {f"logger:{i}": logger for i, logger in enumerate(trainer.loggers)}
         self._names = {id(value): name for name, value in reversed(self._anchors.items()) if value is not None}
         self._generators = rng.private_generators(self.model)
+        self._initial: list[dict[str, Any]] = previous._initial if previous else _copy([_attributes(c) for c in trainer.callbacks])  # type: ignore[attr-defined]
 
     # ---- capture
 
@@ -79,6 +81,10 @@ class LocalState:
             "loops": compat.capture_loops(trainer),
             "metrics": compat.capture_metrics(trainer),
             "callbacks": [callback.state_dict() for callback in trainer.callbacks],  # type: ignore[attr-defined]
+            "callback_attributes": [
+                {name: value for name, value in _attributes(callback).items() if name not in initial or not _equal(value, initial[name])}
+                for callback, initial in zip(trainer.callbacks, self._initial, strict=True)  # type: ignore[attr-defined]
+            ],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "groups": [[_without_params(group) for group in optimizer.param_groups] for optimizer in optimizers],
             "scalars": [_scalars(optimizer) for optimizer in optimizers],
@@ -124,6 +130,8 @@ class LocalState:
         for callback, saved in zip(trainer.callbacks, state["callbacks"], strict=True):  # type: ignore[attr-defined]
             if saved:
                 callback.load_state_dict(saved)
+        for callback, initial, changed in zip(trainer.callbacks, _copy(self._initial), state["callback_attributes"], strict=True):  # type: ignore[attr-defined]
+            vars(callback).update(initial | changed)
         for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(saved)
         optimizers = compat.unwrap_optimizers(trainer)
@@ -163,6 +171,24 @@ def is_plain(value: Any) -> bool:
     if type(value) is dict:
         return all(is_plain(key) and (is_plain(item) or _is_value(item)) for key, item in value.items())
     return False
+
+
+def _attributes(callback: pl.Callback) -> dict[str, Any]:
+    """Plain attributes: Lightning's own callbacks (ModelCheckpoint, Timer) keep state there that their `state_dict` lacks."""
+    if type(callback).__module__.startswith("lightning_gemini"):
+        return {}
+    return {name: value for name, value in vars(callback).items() if is_plain(value)}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return type(a) is type(b) and bool(a == b)
+    except Exception:  # containers of tensors do not compare
+        return False
+
+
+def _copy(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
 
 
 def _is_value(item: Any) -> bool:

@@ -21,6 +21,7 @@ import torch
 from lightning_gemini.agent.spawn import ForkSpawner
 from lightning_gemini.agent.supervisor import Supervisor
 from lightning_gemini.telemetry.events import read_events
+from lightning_gemini.telemetry.report import summarize
 
 
 @dataclass
@@ -41,6 +42,10 @@ class Result:
         return sum(
             event["event"] == "fault_injected" for path in (self.directory / "gemini").glob("rank*.jsonl") for event in read_events(str(path))
         )
+
+    def pids(self) -> dict[int, list[int]]:
+        """The processes that were each rank, in order."""
+        return summarize(str(self.directory / "gemini")).pids
 
     @property
     def recoveries(self) -> list[dict[str, Any]]:

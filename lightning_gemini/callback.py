@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_gemini.compat import lightning as compat
+
 
 class GeminiCallback(pl.Callback):
     """Writes `gemini/…` to the Trainer's loggers after each recovery."""
@@ -25,8 +27,14 @@ class GeminiCallback(pl.Callback):
                 f"callbacks has a GeminiCallback, but strategy={type(trainer.strategy).__name__} cannot recover: set Trainer(strategy='gemini')"
             )
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See `compat.lightning.quiet_sigterm`."""
+        compat.quiet_sigterm(trainer)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Report recoveries that have been completed since the last batch."""
+        """Report recoveries that have been completed since the last batch, and end where the agent asked for it."""
+        if trainer.strategy.asked_to_end():  # type: ignore[attr-defined]
+            compat.end_after_this_step(trainer)
         recoveries = trainer.strategy.recoveries  # type: ignore[attr-defined]
         if not trainer.strategy.config.telemetry.log_to_logger:  # type: ignore[attr-defined]
             return

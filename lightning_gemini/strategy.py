@@ -15,6 +15,7 @@ import contextlib
 import functools
 import gc
 import os
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -28,7 +29,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_gemini import checks, faults
-from lightning_gemini.agent.messages import Hello, Left, Recovered, Waiting
+from lightning_gemini.agent.memory import END_AT
+from lightning_gemini.agent.messages import Fault, Hello, Left, Recovered, Waiting
 from lightning_gemini.compat import lightning as compat
 from lightning_gemini.compat.torch import ReadyOrder, impose_layout, keep_groups_swappable, reset_fsdp, reshard_fsdp
 from lightning_gemini.config import FaultConfig, GeminiConfig, RecoveryConfig, SnapshotConfig, TelemetryConfig, parse
@@ -345,6 +347,11 @@ class GeminiMixin:
     def _end_backward(self) -> None:
         """Hook for DDP's record of the order of gradients; inside the step, so that the boundary it leads to has the record."""
 
+    def asked_to_end(self) -> bool:
+        """Whether the agent wants the job to end after this step."""
+        last = self.link.board.get(self.world.rank, END_AT)
+        return bool(last) and self.engine is not None and self.engine.step >= last
+
     def emit(self, event: str, **fields: Any) -> None:
         """Telemetry."""
         if self.events is not None:
@@ -381,10 +388,6 @@ class GeminiMixin:
 
     def give_up(self, error: BaseException) -> None:
         """Tell the agent that the job must end with this error; it ends this process, so that the error is shown once."""
-        import traceback
-
-        from lightning_gemini.agent.messages import Fault
-
         text = "".join(traceback.format_exception(error))
         self.link.send(Fault(generation=self.link.announced, step=-1, where="set-up", error=text, recoverable=False))
         with contextlib.suppress(TimeoutError):

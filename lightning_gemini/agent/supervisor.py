@@ -5,7 +5,7 @@ Seam: `Supervisor(spawner, world).run() -> exit status`, which is the job's. Sin
 
 What happens when a process ends: a rank inside `fit` -> recovery; a rank with exit status 0 elsewhere -> it is done; a rank that exits
 with an error outside `fit` -> the script's own failure, the job ends with its status; a spare -> replaced by a new one.
-SIGTERM and SIGINT are passed on to the ranks, which may end in their own way for `_GRACE_S`.
+SIGTERM and SIGINT end the job in Lightning's own way, all ranks after the same step, within `_GRACE_S`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import msgspec
 from lightning_gemini.agent.channel import Channel
 from lightning_gemini.agent.coordinator import Coordinator
 from lightning_gemini.agent.member import Member
-from lightning_gemini.agent.memory import HEARTBEAT_NS, create_files
+from lightning_gemini.agent.memory import BOUNDARY, END_AT, HEARTBEAT_NS, create_files, step_of
 from lightning_gemini.agent.messages import (
     Fault,
     FromRank,
@@ -64,6 +64,7 @@ class Supervisor:
         """Names this job in the event files."""
         self._configured = False
         self._spare_failures = 0
+        self._terminating: signal.Signals | None = None
         self._terminating_since: float | None = None
         self._wait_deadline = float("inf")
         self._open()
@@ -113,14 +114,23 @@ class Supervisor:
     def _on_signal(self, reader: socket.socket) -> None:
         for number in reader.recv(64):
             if number in (signal.SIGTERM, signal.SIGINT):
-                self._terminating_since = self._terminating_since or time.monotonic()
-                for member in self.members:
-                    if member.ended:
-                        continue
-                    if member.rank is None:
-                        member.child.kill()
-                    elif number == signal.SIGTERM:
-                        signal.pidfd_send_signal(member.child.pidfd, signal.SIGTERM)
+                self._terminate(signal.Signals(number))
+
+    def _terminate(self, number: signal.Signals) -> None:
+        """All ranks end after the same step, which no rank can have passed yet; those outside of `fit` get the signal itself."""
+        if self._terminating is None:
+            self._terminating, self._terminating_since = number, time.monotonic()
+        board = self.coordinator.board
+        last = max(step_of(board.get(rank, BOUNDARY)) for rank in range(self.world)) + 2
+        for member in list(self.members):
+            if member.ended:
+                continue
+            if member.rank is None:
+                member.child.kill()
+            elif member.in_fit and last > 1:
+                board.set(member.rank, END_AT, last)
+            else:
+                signal.pidfd_send_signal(member.child.pidfd, number)
 
     def _listen(self, file: socket.socket | Channel | int, callback: Callable[[], None]) -> None:
         self.selector.register(file, selectors.EVENT_READ, callback)
@@ -128,7 +138,7 @@ class Supervisor:
     def _tick(self) -> None:
         now = time.monotonic()
         if self._terminating_since is not None and now - self._terminating_since > _GRACE_S:
-            self._end(143, "the ranks did not end in time after SIGTERM")
+            self._end(128 + (self._terminating or signal.SIGTERM), f"the ranks did not end within {_GRACE_S:g} s of the signal")
         for rank, member in self._ranks().items():
             silent_s = now - self.coordinator.board.get(rank, HEARTBEAT_NS) / 1e9
             if member.in_fit and silent_s < now and not member.ended:
@@ -201,10 +211,10 @@ class Supervisor:
             if all(m.left and m.ended for m in self.members if m.rank is not None):
                 self._end(0, "")
             elif self._terminating_since is not None and not self._ranks():
-                self._end(128 + signal.SIGTERM, "ended by signal")
+                self._end(128 + (self._terminating or signal.SIGTERM), "ended by signal")
         elif self._terminating_since is not None:
             if not self._ranks():
-                self._end(128 + signal.SIGTERM, "ended by signal")
+                self._end(128 + (self._terminating or signal.SIGTERM), "ended by signal")
         elif code > 0 and (member.left or not member.in_fit):
             self._end(code, f"rank {member.rank} (pid {member.child.pid}) ended with exit status {code} outside of fit")
         elif any(m.ended and m.left for m in self.members if m.rank is not None and m is not member):

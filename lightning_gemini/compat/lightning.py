@@ -12,6 +12,8 @@ Why each is needed (no public way exists):
 from __future__ import annotations
 
 import copy
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,6 +127,23 @@ def set_closure_result(closure: Any, saved: tuple[Any, ...] | None) -> bool:
     result.closure_loss = None
     closure._result = result
     return True
+
+
+def quiet_sigterm(trainer: pl.Trainer) -> None:
+    """Lightning's handler broadcasts inside the signal handler, in the middle of whatever the rank was doing, and each rank would end after
+    a step of its own. The agent names the step instead (`end_after_this_step`); the signal itself does nothing to a rank in `fit`."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+
+def end_after_this_step(trainer: pl.Trainer) -> None:
+    """As if SIGTERM had arrived: Lightning leaves its loops at the end of this step, with `on_exception` hooks."""
+    trainer._signal_connector.received_sigterm = True
+
+
+def read_ahead(trainer: pl.Trainer) -> int:
+    """Batches that Lightning has taken from the training loader and not yet given to the loop."""
+    return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
 
 
 def forget_loaders(trainer: pl.Trainer) -> None:

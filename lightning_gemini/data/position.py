@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_gemini.state import rng
 
 _CPU = torch.device("cpu")
+_READ_AHEAD = 4
+"""Batches that a loop may read ahead; Lightning's reads one where the data has no length."""
 _PARTS = ("dataset", "sampler", "batch_sampler", "_sampler")
 
 
@@ -34,7 +37,7 @@ class PositionedLoader:
         self._count = 0
         self._at_iter: dict[str, Any] | None = None
         self._at_first: dict[str, Any] | None = None
-        self._at_fetch: dict[str, Any] | None = None
+        self._at_fetch: deque[dict[str, Any]] = deque(maxlen=_READ_AHEAD + 1)
         self._reused = False
         self._begin: dict[str, Any] | None = None
         self._generators: dict[str, Any] = {}
@@ -47,10 +50,11 @@ class PositionedLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def position(self) -> dict[str, Any]:
-        """Where the newest batch came from."""
-        at = {"at_iter": self._at_iter, "at_first": self._at_first, "at_fetch": self._at_fetch}
-        return {"count": self._count, "reused": self._reused, **at}
+    def position(self, ahead: int = 0) -> dict[str, Any]:
+        """Where the newest batch came from; `ahead` batches have been read after it that the loop has not taken yet."""
+        fetches = list(self._at_fetch)[-(ahead + 1) :]
+        at = {"at_iter": self._at_iter, "at_first": self._at_first, "at_fetch": fetches}
+        return {"count": self._count - ahead, "reused": self._reused, **at}
 
     def adopt(self, position: dict[str, Any]) -> None:
         """Take over the records of a position (after the state of a boundary was restored)."""
@@ -63,11 +67,14 @@ class PositionedLoader:
     def __iter__(self) -> Iterator[Any]:
         begin, self._begin = self._begin, None
         self._generators = _held(self._loader)
+        self._at_fetch.clear()
         if begin is not None and begin["count"]:
             return self._resumed(begin)
+        if begin is not None and begin["at_iter"]:
+            self._restore(begin["at_iter"])
         self._count, self._at_iter = 0, self._capture()
         self._reused = getattr(self._loader, "_iterator", None) is not None  # persistent workers: the iterator of the last epoch goes on
-        return self._recorded(iter(self._loader))
+        return self._recorded(iter(self._loader), begin["at_fetch"] if begin else [])
 
     def _capture(self) -> dict[str, Any]:
         return {"global": rng.capture(_CPU), "held": rng.capture_private(self._generators)}
@@ -76,22 +83,28 @@ class PositionedLoader:
         rng.restore(state["global"], _CPU)
         rng.restore_private(self._generators, state["held"])
 
-    def _recorded(self, inner: Iterator[Any]) -> Iterator[Any]:
+    def _recorded(self, inner: Iterator[Any], states: list[dict[str, Any]]) -> Iterator[Any]:
+        """`states` are those of the first fetches, as recorded."""
+        known = iter(states)
         while True:
-            self._at_fetch = self._capture()
+            state = next(known, None)
+            if state is not None:
+                self._restore(state)
+            state = self._capture()
             if self._count == 0:
-                self._at_first = self._at_fetch
+                self._at_first = state
             try:
                 batch = next(inner)
             except StopIteration:
                 return
+            self._at_fetch.append(state)
             self._count += 1
             yield batch
 
     def _resumed(self, begin: dict[str, Any]) -> Iterator[Any]:
         """Lazy, so that the sampler's epoch is set before the sampler is asked."""
         skip = begin["count"] - 1
-        self._at_iter, self._at_first, self._at_fetch = begin["at_iter"], begin["at_first"], begin["at_fetch"]
+        self._at_iter, self._at_first = begin["at_iter"], begin["at_first"]
         self._reused = begin["reused"]
         self._restore(begin["at_iter"])
         loader, workers = self._loader, getattr(self._loader, "num_workers", 0)
@@ -107,22 +120,14 @@ class PositionedLoader:
                 self._restore(begin["at_first"])
             for _ in range(skip):
                 next(inner)
-            self._restore(begin["at_fetch"])
+            self._restore(begin["at_fetch"][0])
         self._count = skip
-        while True:
-            try:
-                batch = next(inner)
-            except StopIteration:
-                return
-            self._count += 1
-            yield batch
-            self._at_fetch = self._capture()
-
+        yield from self._recorded(inner, begin["at_fetch"])
 
     def _at_draw(self, begin: dict[str, Any], workers: bool, *, skipped: bool) -> None:
         """Called before the sampler gives the first batch, and before it gives the one resumed."""
         if not workers:
-            self._restore(begin["at_fetch" if skipped else "at_first"])
+            self._restore(begin["at_fetch"][0] if skipped else begin["at_first"])
         elif begin["reused"] and not skipped:  # a new iterator has drawn a seed for its workers, one that goes on has not
             self._restore(begin["at_iter"])
 

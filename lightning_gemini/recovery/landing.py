@@ -40,8 +40,7 @@ class Landing:
         """Wait for the plan, choose the boundary, make loops and loaders enter there."""
         self.plan = self._next_plan(engine)
         self.boundary = self._choose(engine, self.plan)
-        if self.boundary.kind is not Kind.START:
-            engine.local.position(self.boundary)
+        engine.local.position(self.boundary)
 
     def _next_plan(self, engine: Engine) -> Plan:
         while True:

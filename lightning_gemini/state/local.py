@@ -93,7 +93,7 @@ class LocalState:
             "attributes": {name: value for name, value in vars(self.model).items() if not name.startswith("_") and is_plain(value)},
             "evaluating": [name for name, module in self.model.named_modules() if not module.training],
             "should_stop": trainer.should_stop,
-            "loaders": [loader.position() for loader in _loaders(trainer)],
+            "loaders": [loader.position(compat.read_ahead(trainer)) for loader in _loaders(trainer)],
             "loggers": compat.logger_versions(trainer),
         }
         buffer = io.BytesIO()
@@ -114,7 +114,8 @@ class LocalState:
 
     def position(self, boundary: Boundary) -> None:
         """Before the loops run: make them and the loaders enter at the boundary's epoch and batch."""
-        compat.position_loops(self.trainer, boundary.state["loops"])
+        if boundary.kind is not Kind.START:
+            compat.position_loops(self.trainer, boundary.state["loops"])
         positions = list(boundary.state["loaders"])
         self.trainer.strategy.loader_positions = positions  # type: ignore[attr-defined]
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
 
 from benchmarks.common import ROOT
 from lightning_gemini.telemetry.events import read_events
@@ -20,6 +21,9 @@ WORLD = 4
 JOB = ROOT / "benchmarks" / "job.py"
 MAX_RESTARTS = 3
 _POLL_S = 0.02
+_FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""For torchrun, in its favour: by default restarted workers find the addresses of the dead ones in the agent's store (torch 2.13), and gloo
+fails to connect, again and again, until the restarts are used up."""
 
 
 class Step(NamedTuple):
@@ -46,18 +50,22 @@ def _job(strategy: str, directory: Path, arguments: Sequence[object]) -> list[st
     return common + [item if isinstance(item, str) else json.dumps(item) for item in arguments]
 
 
-@contextmanager
+@contextlib.contextmanager
 def running(directory: Path, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A job in a session of its own, with one thread per rank; whatever is left of it is killed on leaving."""
+    """A job with one thread per rank; whatever is left of it is killed on leaving."""
     directory.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **_FRESH_STORE}
     with (directory / "output.txt").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         yield process
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            family = psutil.Process(process.pid).children(recursive=True)  # torchrun's workers have sessions of their own
+            process.kill()
+            for child in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
         process.wait()
 
 

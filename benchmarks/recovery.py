@@ -104,7 +104,8 @@ def measure(quick: bool) -> Report:
         f"{launch.WORLD} ranks on one machine, one thread each, gloo; an MLP of about 1 million parameters with AdamW. A fault strikes one "
         "rank in its forward pass, the ranks in turn; time runs from the fault's own timestamp until the last rank has completed the step "
         "it struck. Ours: a snapshot every step, each fault injected when one warm spare was ready. Baseline: torchrun "
-        f"--max-restarts={launch.MAX_RESTARTS}, strategy ddp, a ModelCheckpoint to local disk every {CHECKPOINT_EVERY} step(s)."
+        f"--max-restarts={launch.MAX_RESTARTS}, strategy ddp, a ModelCheckpoint to local disk every {CHECKPOINT_EVERY} step(s), and "
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (without it restarted gloo workers look for the dead ones, and the job may not come back)."
     )
     return report
 

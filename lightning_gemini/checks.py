@@ -31,7 +31,7 @@ def ddp_arguments(kwargs: dict[str, Any]) -> None:
 
 def world_of(strategy: Any) -> int:
     """The number of ranks; one cannot be recovered by others."""
-    world = strategy.num_nodes * strategy.num_processes
+    world: int = strategy.num_nodes * strategy.num_processes
     if strategy.num_nodes != 1:
         raise ValueError(f"num_nodes={strategy.num_nodes} is not supported yet: use num_nodes=1")
     if world < 2:

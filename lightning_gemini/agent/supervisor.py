@@ -132,7 +132,7 @@ class Supervisor:
             else:
                 signal.pidfd_send_signal(member.child.pidfd, number)
 
-    def _listen(self, file: socket.socket | Channel | int, callback: Callable[[], None]) -> None:
+    def _listen(self, file: socket.socket | Channel | int, callback: Callable[[], object]) -> None:
         self.selector.register(file, selectors.EVENT_READ, callback)
 
     def _tick(self) -> None:

@@ -19,7 +19,7 @@ from lightning_gemini.recovery.signals import Rewind
 from lightning_gemini.rendezvous.link import Link, StaleGeneration
 from lightning_gemini.rendezvous.world import Mode
 from lightning_gemini.snapshot.slots import CorruptSnapshot
-from lightning_gemini.state.local import Boundary, Kind
+from lightning_gemini.state.local import Boundary
 
 
 class Landing:

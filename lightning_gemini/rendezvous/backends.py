@@ -1,7 +1,7 @@
 """What is inside a swappable group: gloo for CPU tensors, NCCL for CUDA tensors, one interface.
 
-Seam: `form(...)` builds a backend for one generation; `free(address)` gets threads out of collectives that cannot complete; a backend that is
-dropped closes itself. Verified here: gloo, with real kills and SIGSTOP. NCCL is written to its documented behaviour
+Seam: `form(...)` builds a backend for one generation; `free(address)` gets threads out of collectives that cannot complete; a backend
+that is dropped closes itself. Verified here: gloo, with real kills and SIGSTOP. NCCL is written to its documented behaviour
 (`ProcessGroupNCCL.abort`, a fresh id per generation through a fresh store prefix) and runs where a GPU is at hand.
 
 Why `free` shuts sockets: gloo's `abort` and `shutdown` return at once and free nobody who is blocked in C++ because a peer was stopped
@@ -16,8 +16,10 @@ import os
 import socket
 import stat
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
 FORM_TIMEOUT_S = 15.0
 """Limit of building a group once all its members have published their addresses."""
@@ -28,24 +30,24 @@ def loopback_address(rank: int, salt: int) -> str:
     return f"127.{64 + salt % 128}.{salt // 128 % 256}.{rank % 250 + 1}"
 
 
-def form_gloo(store: dist.Store, rank: int, size: int, address: str, timeout_s: float) -> dist.ProcessGroupGloo:
+def form_gloo(store: Store, rank: int, size: int, address: str, timeout_s: float) -> ProcessGroupGloo:
     """A connected gloo group of one generation."""
-    options = dist.ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timedelta(seconds=FORM_TIMEOUT_S)
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-    group = dist.ProcessGroupGloo(store, rank, size, options)  # type: ignore[call-overload]
+    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    group = ProcessGroupGloo(store, rank, size, options)
     group._set_default_timeout(timedelta(seconds=timeout_s))
     return group
 
 
-def form_nccl(store: dist.Store, rank: int, size: int, timeout_s: float) -> dist.ProcessGroup:  # pragma: no cover - needs a GPU
+def form_nccl(store: Store, rank: int, size: int, timeout_s: float) -> Any:  # pragma: no cover - needs a GPU
     """An NCCL group of one generation; its communicators are made at the first collective."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)
     return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
-def abort_nccl(group: dist.ProcessGroup) -> None:  # pragma: no cover - needs a GPU
+def abort_nccl(group: Any) -> None:  # pragma: no cover - needs a GPU
     """Release kernels that wait for a dead peer."""
     group.abort()
 

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from lightning_gemini.rendezvous.link import Link
 
 
-class AgentStore(dist.Store):
+class AgentStore(Store):
     """Keys of one generation under one prefix."""
 
     def __init__(self, link: Link, generation: int, prefix: str, timeout_s: float) -> None:
         super().__init__()
         self._link, self._generation, self._prefix, self._timeout_s = link, generation, prefix, timeout_s
 
-    def set(self, key: str, value: str | bytes) -> None:  # type: ignore[override]
+    def set(self, key: str, value: str | bytes) -> None:
         """Publish a key."""
         self._link.set(self._generation, self._prefix + key, value.encode() if isinstance(value, str) else bytes(value))
 
@@ -29,7 +29,7 @@ class AgentStore(dist.Store):
         """Wait for a key and return it."""
         return self._link.get(self._generation, [self._prefix + key], self._timeout_s)[0]
 
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """Wait for keys."""
         self._link.get(self._generation, [self._prefix + key for key in keys], timeout.total_seconds() if timeout else self._timeout_s)
 

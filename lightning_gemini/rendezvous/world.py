@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from lightning_gemini.rendezvous import backends
 from lightning_gemini.rendezvous.link import Link, StaleGeneration
@@ -70,7 +70,7 @@ class World:
         if self.error is None:
             self.error = error
 
-    def form(self, name: str, rank: int, size: int, device: str) -> dist.ProcessGroup:
+    def form(self, name: str, rank: int, size: int, device: str) -> Any:
         """A backend for group `name` in the current generation. All members call it."""
         if self.stale:
             raise StaleGeneration(f"generation {self.generation} is over, {self.link.announced} has begun")
@@ -94,7 +94,7 @@ class World:
             return False
         data = self.replay.pop((group, index))
         if data is None:
-            raise RuntimeError(f"the result of collective {index} of group {group!r} did not fit the log: raise snapshot.collective_log_mib")
+            raise RuntimeError(f"the result of collective {index} of group {group!r} did not fit its log: raise snapshot.collective_log_mib")
         unpack(data, tensors)
         self.record(group, tensors)
         return True

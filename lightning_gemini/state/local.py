@@ -60,7 +60,7 @@ class LocalState:
         """`previous` is that of an earlier entry of `fit` in this process: the callbacks have changed since then."""
         self.trainer = trainer
         self.model = trainer.lightning_module
-        self._anchors: dict[str, Any] = {"trainer": trainer, "strategy": trainer.strategy, "datamodule": trainer.datamodule}
+        self._anchors: dict[str, Any] = {"trainer": trainer, "strategy": trainer.strategy, "datamodule": trainer.datamodule}  # type: ignore[attr-defined]
         self._anchors |= {f"module:{name}": module for name, module in self.model.named_modules(remove_duplicate=False)}
         self._anchors |= {f"callback:{i}": callback for i, callback in enumerate(trainer.callbacks)}  # type: ignore[attr-defined]
         self._anchors |= {f"logger:{i}": logger for i, logger in enumerate(trainer.loggers)}
@@ -98,14 +98,14 @@ class LocalState:
         }
         buffer = io.BytesIO()
         pickler = pickle.Pickler(buffer, protocol=5)
-        pickler.persistent_id = lambda value: self._names.get(id(value))  # type: ignore[method-assign, assignment]
+        pickler.persistent_id = lambda value: self._names.get(id(value))  # type: ignore[method-assign]
         pickler.dump(boundary)
         return buffer.getvalue()
 
     def decode(self, data: bytes) -> Boundary:
         """Inverse of the serialisation; nothing is restored yet."""
         unpickler = pickle.Unpickler(io.BytesIO(data))
-        unpickler.persistent_load = self._anchors.__getitem__  # type: ignore[method-assign, assignment]
+        unpickler.persistent_load = self._anchors.__getitem__  # type: ignore[method-assign]
         boundary = unpickler.load()
         assert isinstance(boundary, Boundary)
         return boundary

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,7 @@ class Rich(Struck):
         x, y = batch
         self.error(self.net(x).detach(), y)
         self.log("mae", self.error, on_step=True, on_epoch=True)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         self.history = [*self.history[-3:], float(loss.detach())]
         return loss * (1 + 0.01 * (self.seen % 7)) + 0.001 * sum(self.history)  # type: ignore[no-any-return]
 
@@ -115,22 +118,23 @@ def counted(directory: Path, strategy: Any, *strikes: Strike) -> None:
 
 
 class Watch(pl.Callback):
-    """Writes down what the Timer has counted at the end of training, and how long that has been."""
+    """Writes down what the Timer has counted at the end of training, and how long it has lasted since this rank's first start."""
 
     def __init__(self, timer: Timer) -> None:
         self.timer = timer
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with contextlib.suppress(FileExistsError), Path(trainer.default_root_dir, f"started{trainer.global_rank}").open("x") as file:
+            file.write(str(time.monotonic()))
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        started = self.timer.start_time()
-        assert started is not None
-        record = {"elapsed": self.timer.time_elapsed(), "started": started, "steps": trainer.global_step}
+        started = float(Path(trainer.default_root_dir, f"started{trainer.global_rank}").read_text())
+        record = {"elapsed": self.timer.time_elapsed(), "lasted": time.monotonic() - started, "steps": trainer.global_step}
         Path(trainer.default_root_dir, f"timer{trainer.global_rank}.json").write_text(json.dumps(record))
 
 
 class Slow(Struck):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        import time
-
         time.sleep(0.05)
         return super().training_step(batch, batch_idx)  # type: ignore[no-any-return]
 

@@ -32,6 +32,7 @@ from lightning_gemini import checks, faults
 from lightning_gemini.agent.memory import END_AT
 from lightning_gemini.agent.messages import Fault, Hello, Left, Recovered, Waiting
 from lightning_gemini.compat import lightning as compat
+from lightning_gemini.compat import loggers
 from lightning_gemini.compat.torch import ReadyOrder, impose_layout, keep_groups_swappable, reset_fsdp, reshard_fsdp
 from lightning_gemini.config import FaultConfig, GeminiConfig, RecoveryConfig, SnapshotConfig, TelemetryConfig, parse
 from lightning_gemini.data.position import PositionedLoader
@@ -43,6 +44,7 @@ from lightning_gemini.recovery.memory import Memory, expected_size
 from lightning_gemini.rendezvous import group
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode, World
+from lightning_gemini.snapshot.slots import CorruptSnapshot, SlotFile
 from lightning_gemini.state.catalogue import Entry, catalogue, local, parameters_of, size_of
 from lightning_gemini.state.local import Kind, LocalState
 from lightning_gemini.telemetry import banner
@@ -97,6 +99,7 @@ class GeminiMixin:
             group.register(lambda: _process["world"])  # type: ignore[no-any-return]
         link = self.link
         link.on_recover, link.on_recovered = self._on_recover, self._on_recovered
+        self._loggers = trainer.loggers
         try:
             checks.same_world(link.world, checks.world_of(self))
             self._directory = self.check_directory(trainer)
@@ -143,6 +146,7 @@ class GeminiMixin:
         self.set_world_ranks()  # type: ignore[attr-defined]
         if self.landing is not None:
             self.world.mode = Mode.STAND_IN
+            self._continue_loggers()
         if self.events is None:
             self.events = EventLog(self._directory, f"rank{link.rank}", os.environ["LIGHTNING_GEMINI_JOB"])
             self.events.emit("joined", rank=link.rank, spare=self.landing is not None, generation=link.announced)
@@ -151,6 +155,17 @@ class GeminiMixin:
             dist.init_process_group("gemini", store=dist.HashStore(), rank=self.world.rank, world_size=self.world.size)
             keep_groups_swappable()
         super().setup_environment()  # type: ignore[misc]
+
+    def _continue_loggers(self) -> None:
+        """In the folders that rank 0 has opened; whoever looked for the next free one would find another."""
+        ledger = SlotFile(self.link.files.ledgers[0])
+        try:
+            for slot in reversed(ledger.slots()):
+                with contextlib.suppress(CorruptSnapshot):  # rank 0 may be alive, and write another
+                    loggers.continue_versions(self._loggers, LocalState.logger_versions(ledger.read(slot)))
+                    return
+        finally:
+            ledger.close()
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Lightning's set-up, then ours: memory, engine, callback."""
@@ -206,7 +221,6 @@ class GeminiMixin:
         if name == "run-stage" and landing is not None and landing.boundary is None and self.engine is not None:
             landing.position(self.engine)
             assert landing.boundary is not None
-            self.engine.local.prepare(landing.boundary)
             self._trainer.num_sanity_val_steps = 0  # its peers did that long ago
         super().barrier(*args, **kwargs)  # type: ignore[misc]
 
@@ -499,6 +513,7 @@ class GeminiStrategy(GeminiMixin, DDPStrategy):
     def reset_after_abort(self, *, own_fault: bool, wrapper: dict[str, Any]) -> None:
         """Survivors keep their reducer, which has finished in good order; otherwise a new wrapper is brought to the same layout."""
         if own_fault or (self._rebuilds() and not wrapper["order"]):
+            assert self.lightning_module is not None
             set_trainable(self.lightning_module, self._wrapped)
             self._wrap_anew(wrapper["order"])
         super().reset_after_abort(own_fault=own_fault, wrapper=wrapper)

@@ -6,7 +6,6 @@ Why each is needed (no public way exists):
     metrics        `callback_metrics` are properties over dicts that only the logger connector writes.
     closure        a rank that lands after the optimizer's write returns the closure's result without running it again.
     re-entry       `fit` builds its loaders once and keeps them; a second entry in the same process must build them anew.
-    logger version a replaced rank 0 must go on in its predecessor's folder instead of opening the next `version_N`.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.loops.progress import _BaseProgress
@@ -106,6 +106,11 @@ def restore_metrics(trainer: pl.Trainer, state: dict[str, Any]) -> None:
         setattr(trainer._logger_connector, name, copy.copy(value))
 
 
+def is_clock(callback: pl.Callback) -> bool:
+    """Timer's `load_state_dict` adds to a clock that may be running; its attributes say all."""
+    return isinstance(callback, Timer)
+
+
 def reset_scaler(trainer: pl.Trainer) -> None:
     """A step that was cut short may have unscaled its gradients already; a gradient scaler refuses to do so twice."""
     states = getattr(getattr(trainer.precision_plugin, "scaler", None), "_per_optimizer_states", None)
@@ -163,18 +168,6 @@ def forget_loaders(trainer: pl.Trainer) -> None:
 def drop_redirection(model: nn.Module) -> None:
     """Remove a patched `forward` that an exception inside DDP's forward left on the module."""
     vars(model).pop("forward", None)
-
-
-def logger_versions(trainer: pl.Trainer) -> list[Any]:
-    """The version of each logger's folder."""
-    return [getattr(logger, "version", None) for logger in trainer.loggers]
-
-
-def set_logger_versions(trainer: pl.Trainer, versions: list[Any]) -> None:
-    """Make loggers that have not opened their folder yet use these versions."""
-    for logger, version in zip(trainer.loggers, versions, strict=False):
-        if version is not None and getattr(logger, "_version", version) != version:
-            logger._version = version  # type: ignore[attr-defined]
 
 
 def unwrap_optimizers(trainer: pl.Trainer) -> list[torch.optim.Optimizer]:

@@ -269,7 +269,7 @@ class Engine:
         if self.in_step and plan.target == self.step:
             self._put_back(plan, own_fault=own_fault)
         if self.memory.captured < plan.target or not settled:
-            self.memory.commit_tensors(plan.target)
+            self.memory.commit_tensors(plan.target, self._embedded())
         for rank, donor in plan.donors.items():
             if donor == self.memory.rank:
                 self.memory.donate(rank, plan.target)

@@ -221,12 +221,17 @@ class Memory:
         return arena.manifest_of(self.arena, slot)[0].local
 
     def donate(self, rank: int, step: int) -> None:
-        """Write what dead `rank` owned of `step` into its arena, from this rank's live replica of it."""
-        file = SlotFile(self.link.files.arenas[rank])
+        """Write what dead `rank` owned of `step` into its arena, from this rank's live replica of it, and its local state beside it."""
+        file, ledger = SlotFile(self.link.files.arenas[rank]), SlotFile(self.link.files.ledgers[rank])
         try:
-            arena.capture(file, step, owned(self._entries(), rank, self.link.world), chunk=self.chunk)
+            mine, slot = owned(self._entries(), rank, self.link.world), ledger.find(step)
+            local = ledger.read(slot) if slot else b""
+            if arena.payload_size(mine, local) > file.capacity:
+                local = b""  # its new owner has mapped the arena: it must not grow here
+            arena.capture(file, step, mine, chunk=self.chunk, local=local)
         finally:
             file.close()
+            ledger.close()
 
 
 def available_memory() -> int:

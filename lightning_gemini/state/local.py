@@ -1,7 +1,8 @@
 """The rank-local state: everything of a step boundary that is not a tensor of the model or its optimizers.
 
 RNG of the boundary, progress of the loops, values logged in the epoch, metrics, callbacks, schedulers, scaler, position of the loader,
-torchmetrics, plain attributes of the LightningModule, and of callbacks those that have changed since set-up (a process id has not). Stored with pickle in the rank's own shared memory; it never crosses a socket.
+torchmetrics, plain attributes of the LightningModule, and of callbacks those that have changed since set-up (a process id has not).
+Stored with pickle in the rank's own shared memory; it never crosses a socket.
 Objects that belong to the process (trainer, model, metrics …) are pickled by name and resolved to this process's own on loading.
 """
 
@@ -18,6 +19,7 @@ import torch
 from torchmetrics import Metric
 
 from lightning_gemini.compat import lightning as compat
+from lightning_gemini.compat import loggers
 from lightning_gemini.data.position import PositionedLoader
 from lightning_gemini.state import rng
 from lightning_gemini.state.catalogue import parameters_of
@@ -65,6 +67,7 @@ class LocalState:
         self._anchors |= {f"callback:{i}": callback for i, callback in enumerate(trainer.callbacks)}  # type: ignore[attr-defined]
         self._anchors |= {f"logger:{i}": logger for i, logger in enumerate(trainer.loggers)}
         self._names = {id(value): name for name, value in reversed(self._anchors.items()) if value is not None}
+        self._rows = loggers.Rows(trainer)
         self._generators = rng.private_generators(self.model)
         self._initial: list[dict[str, Any]] = previous._initial if previous else _copy([_attributes(c) for c in trainer.callbacks])  # type: ignore[attr-defined]
 
@@ -82,7 +85,7 @@ class LocalState:
             "metrics": compat.capture_metrics(trainer),
             "callbacks": [callback.state_dict() for callback in trainer.callbacks],  # type: ignore[attr-defined]
             "callback_attributes": [
-                {name: value for name, value in _attributes(callback).items() if name not in initial or not _equal(value, initial[name])}
+                _since(initial, _attributes(callback))
                 for callback, initial in zip(trainer.callbacks, self._initial, strict=True)  # type: ignore[attr-defined]
             ],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
@@ -94,9 +97,10 @@ class LocalState:
             "evaluating": [name for name, module in self.model.named_modules() if not module.training],
             "should_stop": trainer.should_stop,
             "loaders": [loader.position(compat.read_ahead(trainer)) for loader in _loaders(trainer)],
-            "loggers": compat.logger_versions(trainer),
+            "rows": self._rows.capture(),
         }
-        buffer = io.BytesIO()
+        buffer = io.BytesIO(pickle.dumps(loggers.versions(trainer)))
+        buffer.seek(0, io.SEEK_END)
         pickler = pickle.Pickler(buffer, protocol=5)
         pickler.persistent_id = lambda value: self._names.get(id(value))  # type: ignore[method-assign]
         pickler.dump(boundary)
@@ -104,11 +108,18 @@ class LocalState:
 
     def decode(self, data: bytes) -> Boundary:
         """Inverse of the serialisation; nothing is restored yet."""
-        unpickler = pickle.Unpickler(io.BytesIO(data))
+        stream = io.BytesIO(data)
+        pickle.load(stream)
+        unpickler = pickle.Unpickler(stream)
         unpickler.persistent_load = self._anchors.__getitem__  # type: ignore[method-assign]
         boundary = unpickler.load()
         assert isinstance(boundary, Boundary)
         return boundary
+
+    @staticmethod
+    def logger_versions(data: bytes) -> list[Any]:
+        """What set-up needs to know before anything else can be decoded."""
+        return pickle.load(io.BytesIO(data))  # type: ignore[no-any-return]
 
     # ---- restore
 
@@ -119,20 +130,16 @@ class LocalState:
         positions = list(boundary.state["loaders"])
         self.trainer.strategy.loader_positions = positions  # type: ignore[attr-defined]
 
-    def prepare(self, boundary: Boundary) -> None:
-        """Before anything is written by this process: the folders of its predecessor."""
-        compat.set_logger_versions(self.trainer, boundary.state["loggers"])
-
     def restore(self, boundary: Boundary) -> None:
         """Put everything back, in place; the random generators last."""
         trainer, state = self.trainer, boundary.state
         compat.restore_loops(trainer, state["loops"])
         compat.restore_metrics(trainer, state["metrics"])
-        for callback, saved in zip(trainer.callbacks, state["callbacks"], strict=True):  # type: ignore[attr-defined]
-            if saved:
+        rows = zip(trainer.callbacks, state["callbacks"], _copy(self._initial), state["callback_attributes"], strict=True)  # type: ignore[attr-defined]
+        for callback, saved, initial, (changed, unchanged) in rows:
+            if saved and not compat.is_clock(callback):
                 callback.load_state_dict(saved)
-        for callback, initial, changed in zip(trainer.callbacks, _copy(self._initial), state["callback_attributes"], strict=True):  # type: ignore[attr-defined]
-            vars(callback).update(initial | changed)
+            vars(callback).update({name: initial[name] for name in unchanged if name in initial} | changed)
         for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(saved)
         optimizers = compat.unwrap_optimizers(trainer)
@@ -157,6 +164,7 @@ class LocalState:
         for name, module in modules.items():
             module.training = name not in evaluating
         trainer.should_stop = state["should_stop"]
+        self._rows.restore(state["rows"])
         for loader, position in zip(_loaders(trainer), state["loaders"], strict=False):
             loader.adopt(position)
         rng.restore_private(self._generators, state["generators"])
@@ -179,6 +187,12 @@ def _attributes(callback: pl.Callback) -> dict[str, Any]:
     if type(callback).__module__.startswith("lightning_gemini"):
         return {}
     return {name: value for name, value in vars(callback).items() if is_plain(value)}
+
+
+def _since(initial: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What has changed, and the names of what has not. Neither has what is plain no more (a progress bar was None at set-up)."""
+    unchanged = [name for name, value in now.items() if name in initial and _equal(value, initial[name])]
+    return {name: value for name, value in now.items() if name not in unchanged}, unchanged
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -22,7 +22,10 @@ class EventLog:
         self.path = os.path.join(directory, f"{name}.jsonl")
         self._fd: int | None = None
         os.makedirs(directory, exist_ok=True)
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        size = os.fstat(self._fd).st_size
+        if size and os.pread(self._fd, 1, size - 1) != b"\n":  # a predecessor was killed in the middle of a line
+            os.write(self._fd, b"\n")
 
     def emit(self, event: str, **fields: Any) -> None:
         """Append one event."""

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+
+from lightning_gemini.agent.spawn import ForkSpawner
+from lightning_gemini.agent.supervisor import Supervisor
 
 AGENT = [sys.executable, "-m", "lightning_gemini.agent"]
 
@@ -62,7 +67,10 @@ def test_a_child_inherits_its_own_descriptors_and_no_others(tmp_path: Path) -> N
     """One socket to the agent, the node's memory, and the three everybody has: an agent's end in a child would hide the agent's death."""
     (tmp_path / "look.py").write_text(
         "import os, time\n"
-        "links = [os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{fd}') or int(fd) > 2]\n"
+        "links = []\n"
+        "for fd in range(3, 200):\n"
+        "    try: links.append(os.readlink(f'/proc/self/fd/{fd}'))\n"
+        "    except OSError: pass\n"
         "rank = os.environ['LIGHTNING_GEMINI_RANK']\n"
         "open('rank' + rank, 'w').write('\\n'.join(links))\n"
         "while not all(os.path.exists(f'rank{r}') for r in range(3)): time.sleep(0.01)\n"
@@ -93,3 +101,19 @@ def test_what_cannot_be_run_is_refused(arguments: list[str], message: str) -> No
 def test_a_command_that_does_not_exist_names_it(tmp_path: Path) -> None:
     result = run("--nproc-per-node", "2", "--", "/nowhere/python", "x.py")
     assert result.returncode not in (0, 143) and "/nowhere/python" in result.stderr
+
+
+def test_the_agent_puts_signal_handlers_and_descriptors_back() -> None:
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            before = signal.getsignal(signal.SIGTERM), len(os.listdir("/proc/self/fd"))
+            assert Supervisor(ForkSpawner(lambda: None), 2).run() == 0
+            assert (signal.getsignal(signal.SIGTERM), len(os.listdir("/proc/self/fd"))) == before
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -8,15 +8,12 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lightning_gemini.agent.messages import Left, encode
-from lightning_gemini.agent.spawn import ForkSpawner
-from lightning_gemini.agent.supervisor import Supervisor
 from lightning_gemini.rendezvous.link import AGENT_LOST, Link
 from tests.support.jobs import run_job
 
@@ -218,22 +215,6 @@ def test_sigterm_when_a_rank_has_finished_already(tmp_path: Path) -> None:
 
     result = run_job(tmp_path, target, 2, during=during, timeout_s=10)
     assert result.exit_status == 143 and "Traceback" not in result.output
-
-
-def test_the_agent_puts_signal_handlers_and_descriptors_back() -> None:
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            before = signal.getsignal(signal.SIGTERM), len(os.listdir("/proc/self/fd"))
-            assert Supervisor(ForkSpawner(lambda: None), 2).run() == 0
-            assert (signal.getsignal(signal.SIGTERM), len(os.listdir("/proc/self/fd"))) == before
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 class reaping:

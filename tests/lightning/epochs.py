@@ -99,7 +99,7 @@ def monitored(directory: Path, strategy: Any, *strikes: Strike) -> None:
     """Top-2 checkpoints and last, CSV rows, plateau scheduler, early stopping (in epoch 3 of 6), two validations per epoch."""
     saboteur = Saboteur(directory, strikes)
     saving = Checkpoint(monitor="val_loss", save_top_k=2, save_last=True, filename="{epoch}-{step}", dirpath=directory / "checkpoints")
-    stopping = EarlyStopping("val_loss", patience=1, min_delta=0.5)
+    stopping = EarlyStopping("val_loss", patience=4, min_delta=0.5)
     settings: dict[str, Any] = {"max_epochs": 6, "enable_checkpointing": True, "val_check_interval": 4, "log_every_n_steps": 1,
                                 "logger": CSVLogger(str(directory), flush_logs_every_n_steps=5)}  # fmt: skip
     fitting = trainer(directory, strategy, saving, stopping, **settings)

@@ -188,7 +188,8 @@ def workers(directory: Path, strategy: Any, *strikes: Strike) -> None:
 def resumed(directory: Path, strategy: Any, *strikes: Strike) -> None:
     """`directory.parent / "first.ckpt"` is there already."""
     model = Struck(Saboteur(directory, strikes))
-    trainer(directory, strategy, max_epochs=3).fit(model, loader(), loader(24, shuffle=False), ckpt_path=str(directory.parent / "first.ckpt"))
+    path = str(directory.parent / "first.ckpt")
+    trainer(directory, strategy, max_epochs=3).fit(model, loader(), loader(24, shuffle=False), ckpt_path=path)
 
 
 def first(directory: Path, strategy: Any) -> None:

@@ -148,20 +148,20 @@ def holds(decided: RecoveryPlan, ranks: World, replicated: bool) -> None:
 
 
 @any_world
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_every_plan_can_be_carried_out(ranks: World, replicated: bool) -> None:
     holds(plan(ranks, replicated=replicated), ranks, replicated)
 
 
 @any_world
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_no_boundary_means_restart(ranks: World, replicated: bool) -> None:
     if any(inventory.boundary < 0 for inventory in ranks.values()):
         assert plan(ranks, replicated=replicated).action == "restart"
 
 
 @any_world
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_the_order_of_the_inventory_does_not_matter(ranks: World, replicated: bool) -> None:
     first, again = plan(ranks, replicated=replicated), plan(dict(ranks), replicated=replicated)
     turned = plan(dict(reversed(ranks.items())), replicated=replicated)
@@ -171,7 +171,7 @@ def test_the_order_of_the_inventory_does_not_matter(ranks: World, replicated: bo
 
 
 @any_world
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_fault_in_the_recovery_gives_the_same_target(ranks: World, replicated: bool) -> None:
     """A replaced rank that has landed at the target and dies again: whatever was donated is committed by now."""
     decided = plan(ranks, replicated=replicated)

@@ -104,12 +104,21 @@ class Counting(pl.Callback):
     def __init__(self) -> None:
         self.batches = 0
         self.model: Any = None
+        self.local: Any = None
+        self.bar: Any = None
+        self.mode = "at set-up"
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.local = LocalState(trainer)  # at set-up, as the strategy does: what has changed since is state
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self.batches, "model": self.model}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.batches, self.model = state_dict["batches"], state_dict["model"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar = object()  # as Lightning's progress bar: of this process, and in no state_dict
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self.batches, self.model = self.batches + 1, pl_module
@@ -133,15 +142,14 @@ def fitted(directory: Path, steps: int) -> pl.Trainer:
 
 
 def capture(trainer: pl.Trainer) -> tuple[LocalState, bytes]:
-    state = LocalState(trainer)
+    state = trainer.callbacks[0].local
     return state, state.capture(Boundary(Kind.EXIT, 3, {"0": 2}, {"order": [1, 0]}, (torch.ones(1), None), None, {}))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_state_moves_from_one_process_s_objects_to_another_s(tmp_path: Path) -> None:
     old, new = fitted(tmp_path, 5), fitted(tmp_path, 2)
-    _, data = capture(old)
-    state = LocalState(new)
+    (_, data), state = capture(old), new.callbacks[0].local
     boundary = state.decode(data)
     assert (boundary.kind, boundary.step, boundary.counters, boundary.wrapper) == (Kind.EXIT, 3, {"0": 2}, {"order": [1, 0]})
     state.restore(boundary)
@@ -166,11 +174,13 @@ def test_restoring_changes_tensors_in_place_and_no_objects_of_others(tmp_path: P
     running, progress = module.layer[1].running_mean, trainer.fit_loop.epoch_loop.batch_progress.current
     optimizer = compat.unwrap_optimizers(trainer)[0]
     held = optimizer.param_groups[0]["params"]
+    bar, trainer.callbacks[0].mode = trainer.callbacks[0].bar, "changed since the boundary"
     module.seen, module.hook = -1, len
     running.fill_(9)
     progress.completed = 77
     state.restore(state.decode(data))
     assert module.seen == 4 and module.hook is len
+    assert trainer.callbacks[0].bar is bar is not None and trainer.callbacks[0].mode == "at set-up"
     assert module.layer[1].running_mean is running and not (running == 9).any()
     assert trainer.fit_loop.epoch_loop.batch_progress.current is progress and progress.completed == 2
     assert optimizer.param_groups[0]["params"] is held

@@ -20,9 +20,9 @@ class GeminiCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a Trainer without our strategy: nothing would be recovered."""
-        from lightning_gemini.strategy import GeminiMixin
+        from lightning_gemini.hooks.base import GeminiBase
 
-        if not isinstance(trainer.strategy, GeminiMixin):
+        if not isinstance(trainer.strategy, GeminiBase):
             raise ValueError(
                 f"callbacks has a GeminiCallback, but strategy={type(trainer.strategy).__name__} cannot recover: set Trainer(strategy='gemini')"
             )

@@ -17,14 +17,14 @@ from lightning_gemini.agent.memory import FAULT_NS, FAULTS_FIRED
 from lightning_gemini.config import FaultConfig
 
 if TYPE_CHECKING:
-    from lightning_gemini.strategy import GeminiMixin
+    from lightning_gemini.hooks.base import GeminiBase
 
 
 class InjectedFault(RuntimeError):
     """Raised by a fault of kind "raise"."""
 
 
-def armed(strategy: GeminiMixin, where: str) -> FaultConfig | None:
+def armed(strategy: GeminiBase, where: str) -> FaultConfig | None:
     """The fault that is due here and now, if it has not fired yet."""
     if not strategy.config.faults or strategy.landing is not None or strategy.engine is None:
         return None
@@ -34,7 +34,7 @@ def armed(strategy: GeminiMixin, where: str) -> FaultConfig | None:
     return None
 
 
-def fire(strategy: GeminiMixin, where: str) -> None:
+def fire(strategy: GeminiBase, where: str) -> None:
     """Inject the fault that is due here and now."""
     fault = armed(strategy, where)
     if fault is None:
@@ -49,11 +49,11 @@ def fire(strategy: GeminiMixin, where: str) -> None:
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "segv": signal.SIGSEGV}[fault.kind])
 
 
-def _fired(strategy: GeminiMixin, number: int) -> bool:
+def _fired(strategy: GeminiBase, number: int) -> bool:
     return bool(strategy.link.board.get(strategy.world.rank, FAULTS_FIRED) >> number & 1)
 
 
-def _mark(strategy: GeminiMixin, number: int) -> None:
+def _mark(strategy: GeminiBase, number: int) -> None:
     fired = strategy.link.board.get(strategy.world.rank, FAULTS_FIRED)
     strategy.link.board.set(strategy.world.rank, FAULTS_FIRED, fired | 1 << number)
 
@@ -61,7 +61,7 @@ def _mark(strategy: GeminiMixin, number: int) -> None:
 class FaultCallback(pl.Callback):
     """The places between steps."""
 
-    def __init__(self, strategy: GeminiMixin) -> None:
+    def __init__(self, strategy: GeminiBase) -> None:
         self._strategy = strategy
 
     def on_train_batch_start(self, *_: Any) -> None:

@@ -15,21 +15,21 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_gemini.environment import in_agent
 from lightning_gemini.recovery.signals import Rewind
 
 if TYPE_CHECKING:
-    from lightning_gemini.strategy import GeminiMixin
+    from lightning_gemini.hooks.joining import Joining
 
 
 class GeminiLauncher(_Launcher):
     """See the module's docstring."""
 
-    def __init__(self, strategy: GeminiMixin, world: int) -> None:
+    def __init__(self, strategy: Joining, world: int) -> None:
         self.strategy, self.world = strategy, world
 
     @property

@@ -123,7 +123,7 @@ class Coordinator:
     def progress(self, rank: int, message: Progress) -> Recovered | None:
         """A rank has finished a phase; returns the summary when the last one has resumed."""
         recovery = self.recovery
-        if recovery is None or message.generation != self.generation or recovery.plan is None:
+        if recovery is None or message.phase not in recovery.reached or message.generation != self.generation or recovery.plan is None:
             return None
         recovery.reached[message.phase][rank] = time.monotonic_ns()
         if len(recovery.reached["resumed"]) < self.world:

@@ -295,7 +295,7 @@ class Supervisor:
         if self._configured:
             return
         self._configured = True
-        replicated = bool(message.config.pop("replicated"))
+        replicated = bool(message.config.pop("replicated", True))
         self.config, self.replicated = parse(GeminiConfig, message.config), replicated
         self.coordinator.events = EventLog(message.directory, "agent", self.job)
         self._event("start", world=self.world, spares=self.config.recovery.spares)

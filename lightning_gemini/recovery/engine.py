@@ -235,7 +235,7 @@ class Engine:
                 return self._follow(generation, own_fault=own)
             except StaleGeneration:
                 continue
-            except (CorruptSnapshot, TimeoutError, RuntimeError) as failure:
+            except (CorruptSnapshot, TimeoutError, RuntimeError, MemoryError) as failure:
                 if link.announced == generation:
                     self.world.generation = generation
                     self.report(failure, "recovery")

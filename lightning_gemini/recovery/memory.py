@@ -51,11 +51,11 @@ class Memory:
         """Take the memory for two slots of `expected` bytes, or refuse with the figures. Keeps what a predecessor has written."""
         if self.arena.capacity:
             return
-        need = 2 * expected
+        need = 2 * expected * self.link.world  # all ranks of the node ask at the same time
         available = available_memory()
         if need > available:
             raise MemoryError(
-                f"two snapshot slots of rank {self.rank} need {need / _MIB:.0f} MiB, {available / _MIB:.0f} MiB of memory are available: "
+                f"two snapshot slots for each of {self.link.world} ranks need {need / _MIB:.0f} MiB, {available / _MIB:.0f} MiB of memory are available: "
                 "use fewer ranks per node, a smaller model, or a node with more memory"
             )
         self.arena.allocate(expected)

@@ -56,8 +56,8 @@ class SlotFile:
         self.capacity = -(-capacity // PAGE) * PAGE
         size = PAGE + 2 * self.capacity
         self._unmap()
-        os.ftruncate(self.fd, 0)
-        os.ftruncate(self.fd, size)
+        os.ftruncate(self.fd, max(size, os.fstat(self.fd).st_size))  # never smaller: a reader's mapping would end in SIGBUS
+        os.pwrite(self.fd, bytes(PAGE), 0)
         if touch:
             os.posix_fallocate(self.fd, 0, size)
         self._remap(_CAPACITY.pack(self.capacity))

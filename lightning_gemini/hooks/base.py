@@ -1,0 +1,97 @@
+"""What the hooks share: the options, the link to the agent, the engine.
+
+Seam: `GeminiBase` holds state and no behaviour of Lightning; `Joining` and `Stepping` add that, and the Strategies put them before
+Lightning's own class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_gemini.agent.memory import END_AT
+from lightning_gemini.agent.messages import Recovered
+from lightning_gemini.compat import lightning as compat
+from lightning_gemini.config import FaultConfig, GeminiConfig, RecoveryConfig, SnapshotConfig, TelemetryConfig, parse
+from lightning_gemini.environment import GeminiEnvironment
+from lightning_gemini.recovery.engine import Engine
+from lightning_gemini.recovery.landing import Landing
+from lightning_gemini.rendezvous.link import Link
+from lightning_gemini.rendezvous.world import Mode, World
+from lightning_gemini.state.catalogue import Entry, catalogue
+from lightning_gemini.telemetry.events import EventLog
+
+_process: dict[str, Any] = {}
+"""The link and world of this process: they outlive a strategy, because a script may call `fit` more than once."""
+
+
+class GeminiBase:
+    """Recovery for a Lightning strategy whose ranks are processes of one node."""
+
+    replicated = True
+    """Whether all ranks hold the same parameters and optimizer state."""
+
+    config: GeminiConfig
+    loader_positions: list[dict[str, Any]]
+    cluster_environment: Any
+    _launcher: Any
+    _trainer: pl.Trainer
+
+    def _init_gemini(
+        self,
+        snapshot: SnapshotConfig | Mapping[str, Any] | None,
+        recovery: RecoveryConfig | Mapping[str, Any] | None,
+        telemetry: TelemetryConfig | Mapping[str, Any] | None,
+        faults_: list[FaultConfig] | None,
+    ) -> None:
+        values = {"snapshot": snapshot, "recovery": recovery, "telemetry": telemetry, "faults": faults_}
+        self.config = parse(GeminiConfig, {key: value for key, value in values.items() if value is not None})
+        self.cluster_environment = GeminiEnvironment()
+        self.loader_positions = []
+        self.engine: Engine | None = None
+        self.landing: Landing | None = None
+        self.events: EventLog | None = None
+        self.recoveries: list[Recovered] = []
+        """Recoveries of this job that this rank has been told of, oldest first."""
+        self._accumulating = False
+        """Automatic optimization: gradients hold something that the optimizer has not used yet."""
+        self._used: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        """Manual optimization: the gradients (by id of their parameter), with version, that an optimizer has used."""
+
+    @property
+    def link(self) -> Link:
+        """The connection to the agent."""
+        return _process["link"]  # type: ignore[no-any-return]
+
+    @property
+    def world(self) -> World:
+        """What this process's groups share."""
+        return _process["world"]  # type: ignore[no-any-return]
+
+    def entries(self) -> list[Entry]:
+        """The live tensors of the state."""
+        return catalogue(self.lightning_module, compat.unwrap_optimizers(self._trainer), replicated=self.replicated)  # type: ignore[attr-defined]
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Telemetry."""
+        if self.events is not None:
+            self.events.emit(event, rank=self.link.rank, **fields)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Collectives answer alone."""
+        mode, self.world.mode = self.world.mode, Mode.STAND_IN
+        try:
+            yield
+        finally:
+            self.world.mode = mode
+
+    def asked_to_end(self) -> bool:
+        """Whether the agent wants the job to end after this step."""
+        last = self.link.board.get(self.world.rank, END_AT)
+        return bool(last) and self.engine is not None and self.engine.step >= last

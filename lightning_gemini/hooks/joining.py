@@ -1,0 +1,232 @@
+"""How a rank gets into a job and out of it: from `fit` to the first step, and back into `fit`.
+
+Seam to Lightning: `_configure_launcher`, `setup_environment`, `setup`, `barrier("run-stage")`, `broadcast`, `process_dataloader`; `launcher`
+calls `connect_to_agent`, `reenter`, `give_up`, `left_fit`. A spare waits in `setup_environment`, before any hook of the user could
+depend on its rank. What fails here fails before the first step, with one error: `give_up` tells the agent, which shows it once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import reset_seed
+
+from lightning_gemini import checks, faults
+from lightning_gemini.agent.messages import Fault, Hello, Left, Recovered, Waiting
+from lightning_gemini.compat import lightning as compat
+from lightning_gemini.compat import loggers
+from lightning_gemini.compat.torch import keep_groups_swappable
+from lightning_gemini.data.position import PositionedLoader
+from lightning_gemini.environment import GeminiEnvironment
+from lightning_gemini.hooks.base import _process
+from lightning_gemini.hooks.stepping import Stepping
+from lightning_gemini.launcher import GeminiLauncher
+from lightning_gemini.recovery.engine import Engine
+from lightning_gemini.recovery.landing import Landing
+from lightning_gemini.recovery.memory import Memory, expected_size
+from lightning_gemini.rendezvous import group
+from lightning_gemini.rendezvous.link import Link
+from lightning_gemini.rendezvous.world import Mode, World
+from lightning_gemini.snapshot.slots import CorruptSnapshot, SlotFile
+from lightning_gemini.state.catalogue import catalogue, size_of
+from lightning_gemini.state.local import LocalState
+from lightning_gemini.telemetry import banner
+from lightning_gemini.telemetry.events import EventLog
+
+_WAIT_FOR_END_S = 30.0
+
+
+class Joining(Stepping):
+    """See the module's docstring."""
+
+    def _configure_launcher(self) -> None:
+        self._launcher = GeminiLauncher(self, checks.world_of(self))
+
+    def connect_to_agent(self, trainer: pl.Trainer) -> None:
+        """First thing in `fit`: tell the agent that this process is there."""
+        if "link" not in _process:
+            _process["link"] = Link()
+            _process["world"] = World(_process["link"], self.config.recovery.collective_timeout_s)
+            group.register(lambda: _process["world"])
+        link = self.link
+        link.on_recover, link.on_recovered = self._on_recover, self._on_recovered
+        self._loggers = trainer.loggers
+        try:
+            checks.same_world(link.world, checks.world_of(self))
+            self._directory = self.check_directory(trainer)
+        except ValueError as error:
+            self.give_up(error)
+            raise
+        link.send(Hello(pid=os.getpid(), config=asdict(self.config) | {"replicated": self.replicated}, directory=self._directory))
+
+    def check_directory(self, trainer: pl.Trainer) -> str:
+        """The folder of the event files; also asked before the first process is started."""
+        directory = self.config.telemetry.directory or os.path.join(trainer.default_root_dir, "gemini")
+        checks.writable(directory, "telemetry.directory")
+        return os.path.abspath(directory)
+
+    def _on_recover(self) -> None:  # in the listening thread
+        landing = self.landing
+        if landing is not None:
+            landing.answer()
+        self.world.free()
+
+    def _on_recovered(self, message: Recovered) -> None:  # in the listening thread
+        self.recoveries.append(message)
+
+    def setup_environment(self) -> None:
+        """Take a rank (a spare waits for one here) and make the default group."""
+        link, environment = self.link, self.cluster_environment
+        assert isinstance(environment, GeminiEnvironment)
+        if link.rank is None:
+            self.landing = Landing(link)
+            link.send(Waiting())
+            link.wait(lambda: link.rank is not None, float(2**31), "a rank")
+            self.world.generation = link.announced
+        environment.rank = link.rank
+        self.set_world_ranks()  # type: ignore[attr-defined]
+        if self.landing is not None:
+            self.world.mode = Mode.STAND_IN
+            self._continue_loggers()
+        if self.events is None:
+            self.events = EventLog(self._directory, f"rank{link.rank}", os.environ["LIGHTNING_GEMINI_JOB"])
+            self.events.emit("joined", rank=link.rank, spare=self.landing is not None, generation=link.announced)
+        if not dist.is_initialized():
+            reset_seed()
+            dist.init_process_group("gemini", store=dist.HashStore(), rank=self.world.rank, world_size=self.world.size)  # type: ignore[attr-defined]
+            keep_groups_swappable()
+        super().setup_environment()  # type: ignore[misc]
+
+    def _continue_loggers(self) -> None:
+        """In the folders that rank 0 has opened; whoever looked for the next free one would find another."""
+        ledger = SlotFile(self.link.files.ledgers[0])
+        try:
+            for slot in reversed(ledger.slots()):
+                with contextlib.suppress(CorruptSnapshot):  # rank 0 may be alive, and write another
+                    loggers.continue_versions(self._loggers, LocalState.logger_versions(ledger.read(slot)))
+                    return
+        finally:
+            ledger.close()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Lightning's set-up, then ours: memory, engine, callback."""
+        if trainer.state.fn != "fit":
+            super().setup(trainer)  # type: ignore[misc]
+            return
+        checks.trainer(self, trainer)
+        if self.landing is None:
+            checks.same_layout(catalogue(self.lightning_module, [], replicated=self.replicated), self.replicated)  # type: ignore[attr-defined]
+        self._attach_callback(trainer)
+        super().setup(trainer)  # type: ignore[misc]
+        for optimizer in compat.unwrap_optimizers(trainer):
+            checks.optimizer(optimizer)
+            optimizer.register_step_pre_hook(self._gate)
+            optimizer.register_step_post_hook(self._note_used)
+        self._trainer = trainer
+        self._make_engine(trainer)
+
+    def _attach_callback(self, trainer: pl.Trainer) -> None:
+        from lightning_gemini.callback import GeminiCallback
+
+        if not any(isinstance(callback, GeminiCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.callbacks.append(GeminiCallback())  # type: ignore[attr-defined]
+        if self.config.faults and not any(isinstance(callback, faults.FaultCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.callbacks.append(faults.FaultCallback(self))  # type: ignore[attr-defined]
+
+    def _make_engine(self, trainer: pl.Trainer) -> None:
+        entries = self.entries()
+        optimizers = compat.unwrap_optimizers(trainer)
+        if self.engine is not None:
+            self.engine.memory.close()
+        memory = Memory(self.link, self.config.snapshot, self.entries, lambda: compat.unwrap_optimizers(trainer))
+        accumulating = trainer.accumulate_grad_batches > 1 or not self.lightning_module.automatic_optimization  # type: ignore[attr-defined]
+        gradients = size_of(entries) if accumulating else 0
+        need = expected_size(entries, optimizers, self.world.rank, self.world.size)
+        memory.allocate(need, gradients)
+        self.engine = Engine(self.world, self.config, memory, LocalState(trainer, self.engine and self.engine.local), self)  # type: ignore[arg-type]
+        self.world.log = memory.log
+        self.world.stand_still = self.engine.stand_still
+        if self.landing is None and self.config.telemetry.banner and self.world.rank == 0:
+            banner.show(self.config, self.world.size, need, self.replicated)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's; the one before the loops start is where a replaced rank finds its place."""
+        name = args[0] if args else kwargs.get("name")
+        landing = self.landing
+        if name == "run-stage" and landing is not None and landing.boundary is None and self.engine is not None:
+            landing.position(self.engine)
+            assert landing.boundary is not None
+            self._trainer.num_sanity_val_steps = 0  # its peers did that long ago
+        super().barrier(*args, **kwargs)  # type: ignore[misc]
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """As Lightning's; nobody is there to receive from while a replaced rank sets itself up."""
+        if dist.is_initialized() and self.world.mode is Mode.STAND_IN:
+            return obj
+        return super().broadcast(obj, src)  # type: ignore[misc]
+
+    def form_groups(self) -> None:
+        """Form the default group of the present generation, so that the first collective does not have to."""
+        default = dist.group.WORLD
+        assert isinstance(default, group.SwappableGroup)
+        default.inner("cuda" if self.root_device.type == "cuda" else "cpu")  # type: ignore[attr-defined]
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Training loaders know their position; a replaced rank's begin at its predecessor's."""
+        dataloader = super().process_dataloader(dataloader)  # type: ignore[misc]
+        if not getattr(self, "_trainer", None) or not self._trainer.training or isinstance(dataloader, PositionedLoader):
+            return dataloader
+        loader = PositionedLoader(dataloader)
+        if self.loader_positions:
+            loader.begin_at(self.loader_positions.pop(0))
+        return loader
+
+    def reenter(self, trainer: pl.Trainer, error: Exception | None) -> bool:
+        """Prepare to enter `fit` again in this process. False when the error must reach the user."""
+        engine = self.engine
+        if engine is None or engine.step < 0:
+            if error is not None:
+                self.give_up(error)
+            return error is None
+        engine.memory.settle()
+        self.landing = Landing(self.link)
+        if error is not None:
+            generation = self.world.generation
+            engine.report(error, "a callback, the data or validation")
+            self.link.wait(lambda: self.link.announced != generation, self.config.recovery.regroup_timeout_s, "the agent to begin a recovery")
+            error.__traceback__ = error.__context__ = None
+        self.world.generation = self.link.announced
+        self.landing.answer()
+        self.world.mode, self.world.error = Mode.STAND_IN, None
+        self.world.replay.clear()
+        engine.in_step = False
+        self.world.stand_still = engine.stand_still
+        compat.forget_loaders(trainer)
+        self.loader_positions = []
+        self.model = self.lightning_module  # type: ignore[attr-defined]
+        trainer.state.status = trainer.state.status.__class__.RUNNING
+        trainer.training = True
+        return True
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell the agent that the job must end with this error; it ends this process, so that the error is shown once."""
+        text = "".join(traceback.format_exception(error))
+        self.link.send(Fault(generation=self.link.announced, step=-1, where="set-up", error=text, recoverable=False))
+        with contextlib.suppress(TimeoutError):
+            self.link.wait(lambda: False, _WAIT_FOR_END_S, "the agent to end the job")
+
+    def left_fit(self) -> None:
+        """`fit` has returned."""
+        if self.engine is not None:
+            dist.barrier()  # together: a rank that dies after its last step is still replaced, and finishes what follows it
+            self.engine.memory.settle()
+            self.engine.report_resumed()
+            self.engine.finished = True
+        self.emit("left_fit")
+        self.link.send(Left())

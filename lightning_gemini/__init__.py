@@ -27,7 +27,17 @@ _HOMES = {
     "TelemetryConfig": "config",
     "FaultConfig": "config",
 }
-__all__ = ["FaultConfig", "GeminiCallback", "GeminiConfig", "GeminiFSDP2Strategy", "GeminiStrategy", "RecoveryConfig", "SnapshotConfig", "TelemetryConfig", "__version__"]
+__all__ = [
+    "FaultConfig",
+    "GeminiCallback",
+    "GeminiConfig",
+    "GeminiFSDP2Strategy",
+    "GeminiStrategy",
+    "RecoveryConfig",
+    "SnapshotConfig",
+    "TelemetryConfig",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

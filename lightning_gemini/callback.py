@@ -24,7 +24,7 @@ class GeminiCallback(pl.Callback):
 
         if not isinstance(trainer.strategy, GeminiBase):
             raise ValueError(
-                f"callbacks has a GeminiCallback, but strategy={type(trainer.strategy).__name__} cannot recover: set Trainer(strategy='gemini')"
+                f"callbacks has a GeminiCallback, but strategy={type(trainer.strategy).__name__} cannot recover: use strategy='gemini'"
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

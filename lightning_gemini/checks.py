@@ -21,7 +21,7 @@ def ddp_arguments(kwargs: dict[str, Any]) -> None:
     known -= {"self", "kwargs", "module", "process_group", "cluster_environment"}
     for key in kwargs:
         if key not in known:
-            raise ValueError(f"unknown key {key!r}={kwargs[key]!r} for GeminiStrategy: known keys are snapshot, recovery, telemetry, faults, "
+            raise ValueError(f"unknown key {key!r}={kwargs[key]!r} of GeminiStrategy: known keys are snapshot, recovery, telemetry, faults, "
                              f"{', '.join(sorted(known))}")  # fmt: skip
     if kwargs.get("static_graph"):
         raise ValueError("static_graph=True is not supported: a repeated step is a second graph to DDP; leave it out")
@@ -67,13 +67,17 @@ def trainer(strategy: Any, trainer_: pl.Trainer) -> None:
 def optimizer(optimizer_: torch.optim.Optimizer) -> None:
     """An optimizer whose state can be read and put back, and that writes after its closure."""
     if not isinstance(optimizer_, torch.optim.Optimizer):
-        raise ValueError(f"optimizer {type(optimizer_).__name__} has no torch.optim.Optimizer interface (state_dict, state): it cannot be restored")
+        raise ValueError(
+            f"optimizer {type(optimizer_).__name__} has no torch.optim.Optimizer interface (state_dict, state): it cannot be restored"
+        )
     if isinstance(optimizer_, torch.optim.LBFGS):
         raise ValueError("optimizer LBFGS runs its closure several times between writes, which cannot be repeated: use another optimizer")
     try:
         optimizer_.state_dict()
     except Exception as error:
-        raise ValueError(f"optimizer {type(optimizer_).__name__}.state_dict() failed ({error}): it cannot be restored; use an optimizer whose state_dict works") from error
+        raise ValueError(
+            f"optimizer {type(optimizer_).__name__}.state_dict() failed ({error}): it cannot be restored; use another optimizer"
+        ) from error
 
 
 def same_layout(entries: list[Entry], replicated: bool) -> None:
@@ -86,5 +90,5 @@ def same_layout(entries: list[Entry], replicated: bool) -> None:
             continue
         difference = next((pair for pair in zip(others[0], theirs, strict=False) if pair[0] != pair[1]), (len(others[0]), len(theirs)))
         raise ValueError(
-            f"rank {rank} does not hold the same parameters as rank 0: {difference[1]} instead of {difference[0]}; build the model alike on all ranks"
+            f"rank {rank} does not hold the same parameters as rank 0: {difference[1]} not {difference[0]}; build the model alike on all ranks"
         )

@@ -25,7 +25,9 @@ RAISED, RAISE_STEP = 1, 22
 
 def parser() -> argparse.ArgumentParser:
     """The options of `demo`."""
-    parser = argparse.ArgumentParser(prog="lightning-gemini demo", description="Kill a rank, make another raise, compare with an undisturbed run.")
+    parser = argparse.ArgumentParser(
+        prog="lightning-gemini demo", description="Kill a rank, make another raise, compare with an undisturbed run."
+    )
     parser.add_argument("--steps", type=int, default=60, help="training steps (default 60)")
     parser.add_argument("--out", default=None, help="folder for the runs (default: a temporary one)")
     parser.add_argument("overrides", nargs="*", help="overrides of the recipe, as data.path=my.txt")
@@ -40,14 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
         print("lightning-gemini demo: the recipes are not part of the installed package: run it in a clone of the project", file=sys.stderr)
         return 2
     if options.steps <= RAISE_STEP + 1:
-        print(f"lightning-gemini demo: --steps={options.steps} ends before the second fault: give {RAISE_STEP + 2} or more", file=sys.stderr)
+        print(
+            f"lightning-gemini demo: --steps={options.steps} ends before the second fault: give {RAISE_STEP + 2} or more", file=sys.stderr
+        )
         return 2
     out = Path(options.out or tempfile.mkdtemp(prefix="lightning-gemini-demo-"))
     common = [f"trainer.max_steps={options.steps}", "trainer.val_check_interval=20", *options.overrides]
-    print(f"1. {options.steps} steps on 4 ranks; rank {KILLED} is killed (SIGKILL) in step {KILL_STEP}, rank {RAISED} raises in the backward of step "
+    print(f"1. {options.steps} steps on 4 ranks; rank {KILLED} is killed (SIGKILL) in step {KILL_STEP}, rank {RAISED} raises in backward of step "
           f"{RAISE_STEP}; output in {out}", flush=True)  # fmt: skip
     faulted = out / "faulted"
-    faults = (f"[{{kind:kill,rank:{KILLED},step:{KILL_STEP},where:forward}},{{kind:raise,rank:{RAISED},step:{RAISE_STEP},where:backward}}]")
+    faults = f"[{{kind:kill,rank:{KILLED},step:{KILL_STEP},where:forward}},{{kind:raise,rank:{RAISED},step:{RAISE_STEP},where:backward}}]"
     gemini = ["+strategy=gemini", f"trainer.strategy.faults={faults}", f"trainer.strategy.telemetry.directory={faulted}/gemini"]
     if not _run(recipe, faulted, [*common, *gemini]):
         return 1
@@ -75,7 +79,12 @@ def _verdict(out: Path, steps: int) -> int:
     ours, plain = _records(out / "faulted"), _records(out / "undisturbed")
     healthy = [rank for rank in summary.pids if rank != KILLED]
     kept = {rank: len(summary.pids[rank]) == 1 and ours.get(rank, {}).get("pid") == summary.pids[rank][0] for rank in healthy}
-    losses = {step for rank in plain for step in plain[rank]["losses"] if ours.get(rank, {}).get("losses", {}).get(step) == plain[rank]["losses"][step]}
+    losses = {
+        step
+        for rank in plain
+        for step in plain[rank]["losses"]
+        if ours.get(rank, {}).get("losses", {}).get(step) == plain[rank]["losses"][step]
+    }
     recorded = {step for rank in plain for step in plain[rank]["losses"]}
     checks = {
         "two faults were injected": summary.injected == 2,

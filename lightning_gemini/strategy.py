@@ -149,4 +149,3 @@ def register() -> None:
     for cls in (GeminiStrategy, GeminiFSDP2Strategy):
         if cls.strategy_name not in StrategyRegistry:
             StrategyRegistry.register(cls.strategy_name, cls, description=(cls.__doc__ or "").splitlines()[0])
-

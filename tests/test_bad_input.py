@@ -19,8 +19,17 @@ from tests.support.jobs import Result, run_job
 from tests.support.models import Net, loader
 
 
-def fit(directory: Path, model: Callable[[], pl.LightningModule] = Net, strategy: Callable[[], Any] = GeminiStrategy, **trainer: Any) -> None:
-    options = {"accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 2}
+def fit(
+    directory: Path, model: Callable[[], pl.LightningModule] = Net, strategy: Callable[[], Any] = GeminiStrategy, **trainer: Any
+) -> None:
+    options = {
+        "accelerator": "cpu",
+        "devices": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "max_steps": 2,
+    }
     pl.Trainer(**{**options, "strategy": strategy(), "default_root_dir": str(directory), **trainer}).fit(model(), loader())
 
 
@@ -87,7 +96,9 @@ def test_a_script_that_forks(tmp_path: Path) -> None:
 def test_a_program_without_a_file() -> None:
     code = "import lightning.pytorch as pl, lightning_gemini; from tests.support.models import Net, loader; "
     code += "pl.Trainer(accelerator='cpu', devices=2, strategy='gemini', logger=False).fit(Net(), loader())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parent.parent
+    )
     assert done.returncode == 1 and "python file.py" in done.stderr
 
 

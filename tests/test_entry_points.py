@@ -17,7 +17,13 @@ def started(directory: Path, way: str) -> list[str]:
     return {
         "python": [python, script, str(directory)],
         "run": [str(Path(python).parent / "lightning-gemini"), "run", "--nproc-per-node", "2", script, str(directory)],
-        "hydra": [python, str(SCRIPTS / "train_hydra.py"), "+strategy=gemini", f"directory={directory}", f"hydra.run.dir={directory}/hydra"],
+        "hydra": [
+            python,
+            str(SCRIPTS / "train_hydra.py"),
+            "+strategy=gemini",
+            f"directory={directory}",
+            f"hydra.run.dir={directory}/hydra",
+        ],
     }[way]
 
 
@@ -48,5 +54,7 @@ def test_a_killed_rank(tmp_path: Path, undisturbed: list[dict[str, object]], way
 def test_the_exit_status_is_the_jobs(tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text("raise SystemExit(7)\n")
-    done = subprocess.run([sys.executable, "-m", "lightning_gemini.agent", "--nproc-per-node", "2", str(script)], capture_output=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_gemini.agent", "--nproc-per-node", "2", str(script)], capture_output=True, timeout=60, check=False
+    )
     assert done.returncode == 7

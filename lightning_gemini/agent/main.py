@@ -22,7 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a job; returns its exit status."""
     options = parser().parse_args(arguments)
     if options.nproc_per_node < 2:
-        print(f"lightning-gemini: --nproc-per-node={options.nproc_per_node}: a rank can only be recovered by others, give 2 or more", file=sys.stderr)
+        print(
+            f"lightning-gemini: --nproc-per-node={options.nproc_per_node}: a rank can only be recovered by others, give 2 or more",
+            file=sys.stderr,
+        )
         return 2
     command = options.command
     if command[:1] == ["--"]:

@@ -144,7 +144,9 @@ class Supervisor:
             if member.in_fit and silent_s < now and not member.ended:
                 stopped = silent_s > _STOPPED_AFTER_S and member.child.is_stopped()
                 if stopped or silent_s > self.config.recovery.heartbeat_timeout_s:
-                    self._say(f"rank {rank} (pid {member.child.pid}) is {'stopped' if stopped else f'silent for {silent_s:.0f} s'}: replaced")
+                    self._say(
+                        f"rank {rank} (pid {member.child.pid}) is {'stopped' if stopped else f'silent for {silent_s:.0f} s'}: replaced"
+                    )
                     member.child.kill()
         if now > self._wait_deadline and self.coordinator.recovery is not None and self.coordinator.recovery.plan is None:
             self._on_deadline()
@@ -229,7 +231,9 @@ class Supervisor:
         if not member.waiting:
             self._spare_failures += 1
             if self._spare_failures == _MAX_SPARE_FAILURES:
-                self._say(f"{_MAX_SPARE_FAILURES} spares in a row ended (last exit status {code}) before they were ready; no more are started")
+                self._say(
+                    f"{_MAX_SPARE_FAILURES} spares in a row ended (last exit status {code}) before they were ready; no more are started"
+                )
         self._start_spares()
 
     def _forget(self, member: Member) -> None:
@@ -350,7 +354,7 @@ class Supervisor:
         decided = self.coordinator.try_plan(self._ranks())
         if decided is not None and decided.action == "restart":
             if decided.repeated_steps:
-                self._end(1, f"nothing to go back to: {decided.reason}, and no older snapshot is complete; {decided.repeated_steps} completed "
+                self._end(1, f"nothing to go back to: {decided.reason}, no older snapshot is complete; {decided.repeated_steps} completed "
                              "steps are lost, resume from your last checkpoint")  # fmt: skip
             else:
                 self._restart()
@@ -394,5 +398,3 @@ class Supervisor:
 
     def _say(self, text: str) -> None:
         print(f"lightning_gemini: {text}", file=sys.stderr, flush=True)
-
-

@@ -1,7 +1,7 @@
 """How a rank gets into a job and out of it: from `fit` to the first step, and back into `fit`.
 
-Seam to Lightning: `_configure_launcher`, `setup_environment`, `setup`, `barrier("run-stage")`, `broadcast`, `process_dataloader`; `launcher`
-calls `connect_to_agent`, `reenter`, `give_up`, `left_fit`. A spare waits in `setup_environment`, before any hook of the user could
+Seam to Lightning: `_configure_launcher`, `setup_environment`, `setup`, `barrier("run-stage")`, `broadcast`, `process_dataloader`;
+`launcher` calls `connect_to_agent`, `reenter`, `give_up`, `left_fit`. A spare waits in `setup_environment`, before any hook of the user could
 depend on its rank. What fails here fails before the first step, with one error: `give_up` tells the agent, which shows it once.
 """
 
@@ -199,7 +199,9 @@ class Joining(Stepping):
         if error is not None:
             generation = self.world.generation
             engine.report(error, "a callback, the data or validation")
-            self.link.wait(lambda: self.link.announced != generation, self.config.recovery.regroup_timeout_s, "the agent to begin a recovery")
+            self.link.wait(
+                lambda: self.link.announced != generation, self.config.recovery.regroup_timeout_s, "the agent to begin a recovery"
+            )
             error.__traceback__ = error.__context__ = None
         self.world.generation = self.link.announced
         self.landing.answer()

@@ -249,7 +249,14 @@ class Engine:
         """Tell the agent of a fault of this rank."""
         text = "".join(traceback.format_exception(error))
         self.world.link.send(
-            Fault(generation=self.world.generation, step=self.step, where=where, error=text[-8000:], recoverable=recoverable, at_ns=time.monotonic_ns())
+            Fault(
+                generation=self.world.generation,
+                step=self.step,
+                where=where,
+                error=text[-8000:],
+                recoverable=recoverable,
+                at_ns=time.monotonic_ns(),
+            )
         )
 
     def _follow(self, generation: int, *, own_fault: bool) -> Plan:
@@ -310,4 +317,3 @@ class Engine:
                 found.update({key: data for key, data in log.results().items() if key[0] == group and key[1] in wanted})
                 log.close()
         return found
-

@@ -32,9 +32,7 @@ class Landing:
 
     def answer(self) -> None:
         """In the listening thread, at a new generation: this rank has nothing to stop."""
-        self.link.send(
-            Stopped(generation=self.link.announced, step=-1, wrote=False, in_step=False, unwinding=True, counters={})
-        )
+        self.link.send(Stopped(generation=self.link.announced, step=-1, wrote=False, in_step=False, unwinding=True, counters={}))
 
     def position(self, engine: Engine) -> None:
         """Wait for the plan, choose the boundary, make loops and loaders enter there."""
@@ -71,7 +69,9 @@ class Landing:
                     engine.world.generation = self.plan.generation
                     engine.report(failure, "recovery")
                     seen = self.plan.generation
-                    self.link.wait(lambda seen=seen: self.link.announced != seen, engine.config.recovery.regroup_timeout_s, "another recovery")  # type: ignore[misc]
+                    self.link.wait(
+                        lambda seen=seen: self.link.announced != seen, engine.config.recovery.regroup_timeout_s, "another recovery"
+                    )  # type: ignore[misc]
                 self._take(engine, self._next_plan(engine))
 
     def _take(self, engine: Engine, plan: Plan) -> None:
@@ -102,7 +102,9 @@ class Landing:
     def _await_sources(self, engine: Engine, plan: Plan) -> None:
         """Until the own shard is there (a donor may be writing it) and all living owners have theirs."""
         memory, deadline = engine.memory, time.monotonic() + engine.config.recovery.regroup_timeout_s
-        others = [rank for rank in range(self.link.world) if rank not in plan.replaced] if engine.host.replicated and not plan.rewind else []
+        others = (
+            [rank for rank in range(self.link.world) if rank not in plan.replaced] if engine.host.replicated and not plan.rewind else []
+        )
         while True:
             if self.link.announced != plan.generation:
                 raise StaleGeneration(f"generation {plan.generation} is over")
@@ -112,5 +114,3 @@ class Landing:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the shards of step {plan.target} did not arrive")
             time.sleep(0.001)
-
-

@@ -1,6 +1,6 @@
 """A rank's snapshot memory: what it writes at each boundary, and what it reads back.
 
-Seam: `commit_local` and `commit_tensors` (or `drain`, in the background) write; `ready` tells whether all ranks have written; `restore_tensors`
+Seam: `commit_local` and `commit_tensors` (or `drain`, in the background) write; `wait_all` waits for all ranks; `restore_tensors`
 and `donate` serve a recovery. States of the background copy: idle -> draining -> idle; `settle` waits for it and is called before anything
 writes to a parameter (the fence of DESIGN's step 2).
 
@@ -31,7 +31,9 @@ _MIB = 1 << 20
 class Memory:
     """One rank's part of the node's shared memory. `entries` tells the live tensors, anew at each call."""
 
-    def __init__(self, link: Link, config: SnapshotConfig, entries: Callable[[], list[Entry]], optimizers: Callable[[], list[torch.optim.Optimizer]]):
+    def __init__(
+        self, link: Link, config: SnapshotConfig, entries: Callable[[], list[Entry]], optimizers: Callable[[], list[torch.optim.Optimizer]]
+    ):
         assert link.rank is not None
         self.link, self.config, self.rank = link, config, link.rank
         self._entries, self._optimizers = entries, optimizers
@@ -55,7 +57,8 @@ class Memory:
         available = available_memory()
         if need > available:
             raise MemoryError(
-                f"two snapshot slots for each of {self.link.world} ranks need {need / _MIB:.0f} MiB, {available / _MIB:.0f} MiB of memory are available: "
+                f"two snapshot slots for each of {self.link.world} ranks need {need / _MIB:.0f} MiB, "
+                f"{available / _MIB:.0f} MiB of memory are available: "
                 "use fewer ranks per node, a smaller model, or a node with more memory"
             )
         self.arena.allocate(expected)
@@ -78,7 +81,9 @@ class Memory:
     def commit_local(self, data: bytes, step: int, kind: int) -> None:
         """Write the rank-local state."""
         if len(data) > self.ledger.capacity:
-            raise MemoryError(f"the rank-local state has {len(data) / _MIB:.1f} MiB: raise snapshot.local_state_mib={self.config.local_state_mib}")
+            raise MemoryError(
+                f"the rank-local state has {len(data) / _MIB:.1f} MiB: raise snapshot.local_state_mib={self.config.local_state_mib}"
+            )
         self.ledger.write(data, step=step, kind=kind)
 
     def owned(self) -> arena.Owned:
@@ -253,5 +258,3 @@ def expected_size(entries: list[Entry], optimizers: list[torch.optim.Optimizer],
     grown = 0 if any(optimizer.state for optimizer in optimizers) else 2 * parameters
     per_rank = (shared + grown) // world + private if shared else private + grown
     return per_rank + 256 * len(entries) * 3 + (1 << 16)
-
-

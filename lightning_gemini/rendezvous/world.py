@@ -94,7 +94,9 @@ class World:
             return False
         data = self.replay.pop((group, index))
         if data is None:
-            raise RuntimeError(f"the result of collective {index} of group {group!r} did not fit its log: raise snapshot.collective_log_mib")
+            raise RuntimeError(
+                f"the result of collective {index} of group {group!r} did not fit its log: raise snapshot.collective_log_mib"
+            )
         unpack(data, tensors)
         self.record(group, tensors)
         return True

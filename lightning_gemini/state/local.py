@@ -93,7 +93,11 @@ class LocalState:
             "scalars": [_scalars(optimizer) for optimizer in optimizers],
             "precision": trainer.precision_plugin.state_dict(),
             "torchmetrics": {name: _metric_state(module) for name, module in self.model.named_modules() if isinstance(module, Metric)},
-            "attributes": {name: value for name, value in vars(self.model).items() if not name.startswith("_") and (is_plain(value) or _is_value(value))},
+            "attributes": {
+                name: value
+                for name, value in vars(self.model).items()
+                if not name.startswith("_") and (is_plain(value) or _is_value(value))
+            },
             "evaluating": [name for name, module in self.model.named_modules() if not module.training],
             "should_stop": trainer.should_stop,
             "loaders": [loader.position(compat.read_ahead(trainer)) for loader in _loaders(trainer)],

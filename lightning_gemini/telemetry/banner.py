@@ -16,7 +16,7 @@ def text(config: GeminiConfig, world: int, slot_bytes: int, replicated: bool, av
     source = "a live replica, else this node's memory" if replicated else "this node's memory"
     every = config.snapshot.every_n_steps
     lines = [
-        f"lightning_gemini: {world} ranks on this node, {config.recovery.spares} warm spare(s), a snapshot every {every if every > 1 else ''} step".replace("  ", " "),
+        f"lightning_gemini: {world} ranks on this node, {config.recovery.spares} warm spare(s), a snapshot every {every} step(s)",
         f"  a rank raises in a step      it rejoins in its own process; state from {source}",
         f"  a rank dies or is stopped    a spare takes its rank; the others keep their processes; state from {source}",
         "  all ranks die                spares start from this node's memory",

@@ -1,7 +1,7 @@
 """What a run's event files say: recoveries by phase, faults, goodput.
 
-Seam: `summarize(directory)` reads the JSONL files of `telemetry.directory`; `text` prints them. A folder without an agent's file is no run of
-ours: `ValueError`.
+Seam: `summarize(directory)` reads the JSONL files of `telemetry.directory`; `text` prints them. A folder without an agent's file is no run
+of ours: `ValueError`.
 """
 
 from __future__ import annotations
@@ -71,6 +71,6 @@ def text(summary: Summary) -> str:
         phases = " ".join(f"{seconds[phase]:8.3f}" for phase in PHASES)
         lines.append(f"{recovery['step']:6d} {sum(seconds.values()):8.3f}  {phases}  {recovery['reason']}")
     goodput = 100 * (1 - summary.recovery_s / summary.elapsed_s) if summary.elapsed_s > 0 else 100.0
-    lines.append(f"{len(summary.recoveries)} recoveries of {summary.faults} faults in {summary.elapsed_s:.1f} s, {summary.recovery_s:.3f} s of them "
-                 f"recovering ({goodput:.2f} % goodput), {summary.repeated_steps} completed steps repeated")  # fmt: skip
+    lines.append(f"{len(summary.recoveries)} recoveries of {summary.faults} faults in {summary.elapsed_s:.1f} s, "
+                 f"{summary.recovery_s:.3f} s recovering ({goodput:.2f} % goodput), {summary.repeated_steps} completed steps repeated")  # fmt: skip
     return "\n".join(lines)

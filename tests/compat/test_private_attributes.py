@@ -142,7 +142,7 @@ def test_every_private_name_in_compat_is_in_a_table() -> None:
 
 @pytest.mark.parametrize("name", [*LIGHTNING, *TORCH])
 def test_private_attributes_exist(trainer: pl.Trainer, name: str) -> None:
-    for find in (LIGHTNING.get(name) or TORCH[name]):
+    for find in LIGHTNING.get(name) or TORCH[name]:
         holder = find(trainer)
         assert hasattr(holder, name), f"{name} is not an attribute of {holder!r} in {VERSIONS}"
 

@@ -17,7 +17,8 @@ def train(directory: Path, faults: list[dict[str, Any]]) -> None:
     pl.seed_everything(1)
     trainer = pl.Trainer(
         accelerator="cpu", devices=WORLD, strategy=GeminiFSDP2Strategy(data_parallel_size=WORLD, tensor_parallel_size=1, faults=faults),  # type: ignore[arg-type]
-        max_epochs=2, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False, gradient_clip_val=0.5,
+        max_epochs=2, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, logger=False, gradient_clip_val=0.5,
         default_root_dir=str(directory), callbacks=[Recorder(str(directory))], num_sanity_val_steps=1, val_check_interval=3,
     )  # fmt: skip
     trainer.fit(Net(fsdp=True), loader(), loader(24, shuffle=False))

@@ -59,7 +59,9 @@ def test_two_ranks_die_in_one_step(tmp_path: Path, undisturbed: tuple[bool, Resu
 @pytest.mark.parametrize("where", ["forward", "optimizer"])
 def test_all_ranks_die_in_one_step(tmp_path: Path, undisturbed: tuple[bool, Result], where: str) -> None:
     fsdp, expected = undisturbed
-    result = job(tmp_path, fsdp=fsdp, faults=[kill(rank, 5, where) for rank in range(WORLD)], recovery={"spares": 3, "max_faults_per_step": 9})
+    result = job(
+        tmp_path, fsdp=fsdp, faults=[kill(rank, 5, where) for rank in range(WORLD)], recovery={"spares": 3, "max_faults_per_step": 9}
+    )
     same(expected, result)
     assert result.injected == WORLD
 
@@ -160,7 +162,7 @@ def test_an_error_that_comes_back_ends_the_job_and_is_shown(tmp_path: Path) -> N
     result = job(tmp_path, prepare=always_raise, recovery={"max_faults_per_step": 2})
     assert result.exit_status == 1
     assert "recovery.max_faults_per_step=2" in result.output
-    assert result.output.count("KeyError: \"a bug in the user's code\"") == 1 and "in training_step" in result.output
+    assert result.output.count('KeyError: "a bug in the user\'s code"') == 1 and "in training_step" in result.output
 
 
 def test_nothing_is_left_when_the_agent_is_killed(tmp_path: Path) -> None:

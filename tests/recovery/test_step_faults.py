@@ -101,7 +101,9 @@ def test_fault(tmp_path: Path, undisturbed: Result, kind: str, where: str, step:
 
 def test_many_faults_in_one_run(tmp_path: Path, undisturbed: Result) -> None:
     kinds = ["kill", "raise", "exit", "raise"]
-    faults = [{"kind": kinds[step % 4], "rank": step % WORLD, "step": step, "where": ("forward", "backward")[step % 2]} for step in range(1, 15)]
+    faults = [
+        {"kind": kinds[step % 4], "rank": step % WORLD, "step": step, "where": ("forward", "backward")[step % 2]} for step in range(1, 15)
+    ]
     result = job(tmp_path, *faults)
     same(undisturbed, result)
     assert result.injected == len(faults) == len(result.recoveries)

@@ -40,7 +40,9 @@ class Result:
     @property
     def injected(self) -> int:
         return sum(
-            event["event"] == "fault_injected" for path in (self.directory / "gemini").glob("rank*.jsonl") for event in read_events(str(path))
+            event["event"] == "fault_injected"
+            for path in (self.directory / "gemini").glob("rank*.jsonl")
+            for event in read_events(str(path))
         )
 
     def pids(self) -> dict[int, list[int]]:
@@ -52,7 +54,9 @@ class Result:
         return [event for event in self.agent_events if event["event"] == "recovered"]
 
 
-def run_job(directory: Path, target: Callable[[], None], world: int, timeout_s: float = 100.0, during: Callable[[int], None] | None = None) -> Result:
+def run_job(
+    directory: Path, target: Callable[[], None], world: int, timeout_s: float = 100.0, during: Callable[[int], None] | None = None
+) -> Result:
     """Run `target` in `world` ranks under an agent in a child process; `during(agent_pid)` may disturb it."""
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / "output.txt"

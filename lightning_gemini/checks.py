@@ -21,8 +21,8 @@ def ddp_arguments(kwargs: dict[str, Any]) -> None:
     known -= {"self", "kwargs", "module", "process_group", "cluster_environment"}
     for key in kwargs:
         if key not in known:
-            raise ValueError(f"unknown key {key!r}={kwargs[key]!r} of GeminiStrategy: known keys are snapshot, recovery, telemetry, faults, "
-                             f"{', '.join(sorted(known))}")  # fmt: skip
+            raise ValueError(f"unknown key {key!r}={kwargs[key]!r} for GeminiStrategy: known keys are snapshot, recovery, telemetry, "
+                             f"faults, {', '.join(sorted(known))}")  # fmt: skip
     if kwargs.get("static_graph"):
         raise ValueError("static_graph=True is not supported: a repeated step is a second graph to DDP; leave it out")
     if kwargs.get("start_method", "popen") != "popen":
@@ -90,5 +90,6 @@ def same_layout(entries: list[Entry], replicated: bool) -> None:
             continue
         difference = next((pair for pair in zip(others[0], theirs, strict=False) if pair[0] != pair[1]), (len(others[0]), len(theirs)))
         raise ValueError(
-            f"rank {rank} does not hold the same parameters as rank 0: {difference[1]} not {difference[0]}; build the model alike on all ranks"
+            f"rank {rank} does not hold the same parameters as rank 0: {difference[1]}, not {difference[0]}; "
+            "build the model alike on all ranks"
         )

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     out = Path(options.out or tempfile.mkdtemp(prefix="lightning-gemini-demo-"))
     common = [f"trainer.max_steps={options.steps}", "trainer.val_check_interval=20", *options.overrides]
-    print(f"1. {options.steps} steps on 4 ranks; rank {KILLED} is killed (SIGKILL) in step {KILL_STEP}, rank {RAISED} raises in backward of step "
+    print(f"1. {options.steps} steps on 4 ranks; rank {KILLED} gets SIGKILL in step {KILL_STEP}, rank {RAISED} raises in backward of step "
           f"{RAISE_STEP}; output in {out}", flush=True)  # fmt: skip
     faulted = out / "faulted"
     faults = f"[{{kind:kill,rank:{KILLED},step:{KILL_STEP},where:forward}},{{kind:raise,rank:{RAISED},step:{RAISE_STEP},where:backward}}]"

@@ -1,8 +1,8 @@
 """How a rank gets into a job and out of it: from `fit` to the first step, and back into `fit`.
 
 Seam to Lightning: `_configure_launcher`, `setup_environment`, `setup`, `barrier("run-stage")`, `broadcast`, `process_dataloader`;
-`launcher` calls `connect_to_agent`, `reenter`, `give_up`, `left_fit`. A spare waits in `setup_environment`, before any hook of the user could
-depend on its rank. What fails here fails before the first step, with one error: `give_up` tells the agent, which shows it once.
+`launcher` calls `connect_to_agent`, `reenter`, `give_up`, `left_fit`. A spare waits in `setup_environment`, before any hook of the user
+could depend on its rank. What fails here fails before the first step, with one error: `give_up` tells the agent, which shows it once.
 """
 
 from __future__ import annotations

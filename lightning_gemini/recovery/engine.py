@@ -239,7 +239,7 @@ class Engine:
                 if link.announced == generation:
                     self.world.generation = generation
                     self.report(failure, "recovery")
-                    link.wait(lambda seen=generation: link.announced != seen, timeout_s, "the agent to begin another recovery")  # type: ignore[misc]
+                    link.wait_for_generation_after(generation, timeout_s)
 
     def _is_own(self, error: BaseException) -> bool:
         """Whether this rank's code raised, rather than a collective that failed because of others."""

@@ -68,10 +68,7 @@ class Landing:
                 if self.link.announced == self.plan.generation:
                     engine.world.generation = self.plan.generation
                     engine.report(failure, "recovery")
-                    seen = self.plan.generation
-                    self.link.wait(
-                        lambda seen=seen: self.link.announced != seen, engine.config.recovery.regroup_timeout_s, "another recovery"
-                    )  # type: ignore[misc]
+                    self.link.wait_for_generation_after(self.plan.generation, engine.config.recovery.regroup_timeout_s)
                 self._take(engine, self._next_plan(engine))
 
     def _take(self, engine: Engine, plan: Plan) -> None:

@@ -93,6 +93,10 @@ class Link:
             if not self._news.wait_for(condition, timeout_s):
                 raise TimeoutError(f"waited {timeout_s:g} s for {what}")
 
+    def wait_for_generation_after(self, generation: int, timeout_s: float) -> None:
+        """Until the agent announces a newer one."""
+        self.wait(lambda: self.announced != generation, timeout_s, "the agent to begin a recovery")
+
     def wait_for_plan(self, generation: int, timeout_s: float) -> Plan:
         """The plan of `generation`. Raises `StaleGeneration` when a newer one begins first."""
         self.wait(lambda: self.announced != generation or self.plan is not None and self.plan.generation == generation,

@@ -72,5 +72,5 @@ def text(summary: Summary) -> str:
         lines.append(f"{recovery['step']:6d} {sum(seconds.values()):8.3f}  {phases}  {recovery['reason']}")
     goodput = 100 * (1 - summary.recovery_s / summary.elapsed_s) if summary.elapsed_s > 0 else 100.0
     lines.append(f"{len(summary.recoveries)} recoveries of {summary.faults} faults in {summary.elapsed_s:.1f} s, "
-                 f"{summary.recovery_s:.3f} s recovering ({goodput:.2f} % goodput), {summary.repeated_steps} completed steps repeated")  # fmt: skip
+                 f"{summary.recovery_s:.3f} s recovering ({goodput:.2f} % goodput), {summary.repeated_steps} steps repeated")  # fmt: skip
     return "\n".join(lines)

@@ -21,6 +21,8 @@ WORLD = 4
 JOB = ROOT / "benchmarks" / "job.py"
 MAX_RESTARTS = 3
 _POLL_S = 0.02
+_GATE_S = 120.0
+"""Limit from one gate to the next: a recovery, a few steps, a spare."""
 _FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """For torchrun, in its favour: by default restarted workers find the addresses of the dead ones in the agent's store (torch 2.13), and gloo
 fails to connect, again and again, until the restarts are used up."""
@@ -70,15 +72,16 @@ def running(directory: Path, command: list[str]) -> Iterator[subprocess.Popen[by
 
 
 def run(directory: Path, command: list[str], timeout_s: float, gates: Sequence[int] = (), ready: Callable[[], bool] = lambda: True) -> None:
-    """Run a job to its end, opening each gate as soon as `ready`. Raises with the job's last words when it fails."""
-    deadline = time.monotonic() + timeout_s
+    """Run a job to its end, opening each gate as soon as `ready`. Raises with the job's last words when it fails or hangs."""
+    deadline, stalled = time.monotonic() + timeout_s, time.monotonic() + _GATE_S
     with running(directory, command) as process:
         waiting = list(gates)
         while process.poll() is None:
             if waiting and passed(directory, waiting[0]) and ready():
                 (directory / f"go-{waiting.pop(0)}").touch()
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the job did not end within {timeout_s:g} s:\n{tail(directory)}")
+                stalled = time.monotonic() + _GATE_S
+            if time.monotonic() > min(deadline, stalled if waiting else deadline):
+                raise TimeoutError(f"the job hangs (gates still closed: {waiting}):\n{tail(directory)}")
             time.sleep(_POLL_S)
         if process.returncode:
             raise RuntimeError(f"the job ended with status {process.returncode}:\n{tail(directory)}")

@@ -133,9 +133,7 @@ def _report_pace(report: Report, size: Size, batch: int, arms: dict[str, Arm]) -
     report.spreads(f"(c) {label}: CPU seconds per step and rank, one value per run", {"plain ddp": plain.cpu, "with us": ours.cpu})
     pairs = [statistics.median(b) / statistics.median(a) for a, b in zip(plain.runs, ours.runs, strict=True)]
     extras = [b - a for a, b in zip(plain.cpu, ours.cpu, strict=True)]
-    report.spreads(
-        f"(b) {label}: extra CPU seconds per step and rank in the job, one value per pair of runs", {"with us - plain ddp": extras}
-    )
+    report.spreads(f"(b) {label}: extra CPU seconds per step and rank, one value per pair of runs", {"with us - plain ddp": extras})
     report.spreads("(c) ratio of the medians of each pair of runs", {"with us / plain ddp": pairs})
     found = snapshot_micro.measure(size.owned, launch.WORLD, 5)
     base_cpu = statistics.median(found["memcpy + xxh3, CPU"])

@@ -25,6 +25,7 @@ def no_leaks() -> Iterator[None]:
     children = me.children(recursive=True)
     for child in children:
         child.kill()
+    psutil.wait_procs(children, timeout=5)
     assert not children, f"processes left behind: {children}"
     assert threading.active_count() <= threads, f"threads left behind: {threading.enumerate()}"
     assert set(os.listdir("/dev/shm")) <= shared, "files left in shared memory"

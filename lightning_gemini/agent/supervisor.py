@@ -323,6 +323,7 @@ class Supervisor:
         self._say(f"recovered in {total:.3f} s at step {summary.step} ({phases}): {summary.reason}")
         for other in self._ranks().values():
             other.send(summary)
+        self._spare_failures = 0
         self._start_spares()
 
     # ---- recovery

@@ -140,6 +140,6 @@ class Slow(Struck):
 
 
 def timed(directory: Path, strategy: Any, *strikes: Strike) -> None:
-    """Ends after two seconds."""
-    timer = Timer(timedelta(seconds=2))
+    """Ends after three seconds, about step 50 on an idle machine."""
+    timer = Timer(timedelta(seconds=3))
     trainer(directory, strategy, timer, Watch(timer), max_epochs=-1).fit(Slow(Saboteur(directory, strikes)), loader())

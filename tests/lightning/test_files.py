@@ -103,7 +103,7 @@ def test_fault(tmp_path: Path, undisturbed: Result, fault: Strike) -> None:
     assert "gemini/recovery_s" in path.read_text().splitlines()[0]
 
 
-@pytest.mark.parametrize("fault", [Strike("training", 1, 10), Strike("training", 0, 12, "raise")], ids=["kill", "raise"])
+@pytest.mark.parametrize("fault", [Strike("training", 1, 4), Strike("training", 0, 5, "raise")], ids=["kill", "raise"])
 def test_max_time(tmp_path: Path, fault: Strike) -> None:
     """All ranks stop at the same step, and the clock neither starts anew nor counts anything twice."""
     result = run_job(tmp_path, lambda: epochs.timed(tmp_path, GeminiStrategy(), fault), WORLD)

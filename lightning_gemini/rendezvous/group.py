@@ -62,13 +62,19 @@ class SwappableGroup(dist.ProcessGroup):
 
     def _in_step(self, tensor: torch.Tensor | None, value: Any, start: Callable[[Any], dist.Work]) -> dist.Work:
         world = self._world
-        if world.error is None:
+        if world.error is None and not world.stale:
             try:
-                work = start(self.inner(tensor.device.type if tensor is not None else "cpu"))
-                return AbsorbingWork(work, world.note, value)
+                return self._start(tensor.device.type if tensor is not None else "cpu", world.note, value, start)
             except Exception as error:
                 world.note(error)
         return DoneWork(value)
+
+    def _start(self, device: str, note: Callable[[BaseException], None], value: Any, start: Callable[[Any], dist.Work]) -> dist.Work:
+        backend = self.inner(device)
+        work = AbsorbingWork(start(backend), backend, note, value, self._world.outstanding)
+        if self._world.stale:  # announced after we looked: the listening thread may have looked for outstanding work before us
+            self._world.outstanding.let_go()
+        return work
 
     def _between(self, tensors: Tensors, start: Callable[[Any], dist.Work]) -> None:
         """Complete the collective, whatever it takes; `tensors` hold the input (where in place) and the result."""
@@ -78,15 +84,17 @@ class SwappableGroup(dist.ProcessGroup):
                 world.stand_still(None)
                 continue
             inputs = [tensor.detach().clone() for tensor in tensors]
+            errors: list[BaseException] = []
             try:
-                start(self.inner(tensors[0].device.type if tensors else "cpu")).wait()
+                self._start(tensors[0].device.type if tensors else "cpu", errors.append, None, start).wait()
             except Exception as error:
-                for tensor, saved in zip(tensors, inputs, strict=True):
-                    tensor.detach().copy_(saved)
-                world.stand_still(error)
-                continue
-            world.record(self._name, tensors)
-            return
+                errors.append(error)
+            if not errors:
+                world.record(self._name, tensors)
+                return
+            for tensor, saved in zip(tensors, inputs, strict=True):
+                tensor.detach().copy_(saved)
+            world.stand_still(errors[0])
 
     def _run(self, tensors: Tensors, value: Any, start: Callable[[Any], dist.Work], alone: Callable[[], None]) -> dist.Work:
         mode = self._world.mode

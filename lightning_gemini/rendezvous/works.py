@@ -1,12 +1,24 @@
-"""Handles of collectives that cannot fail in the hands of autograd."""
+"""Handles of collectives that cannot fail in the hands of autograd, and that can be let go.
+
+Gloo sometimes (about once in fifty recoveries here) loses the wake-up of an operation that was posted while its sockets were being shut:
+the operation's thread then sleeps until its timeout. So nobody waits for gloo itself, but for a future of our own, which the
+listening thread completes when an operation has not ended some time after its sockets were shut (`Outstanding.let_go`). The backend
+concerned is kept for ever, because destroying it would join the sleeping thread.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_GRACE_S = 0.25
+"""How long an operation may take to notice that its sockets were shut; it takes milliseconds when it does."""
 
 
 class DoneWork(dist.Work):
@@ -37,32 +49,96 @@ class DoneWork(dist.Work):
 class AbsorbingWork(dist.Work):
     """A running collective whose failure is told to `note` and not raised: DDP's reducer would be left unfinished by an exception."""
 
-    def __init__(self, work: dist.Work, note: Callable[[BaseException], None], value: Any) -> None:
+    def __init__(self, work: dist.Work, backend: Any, note: Callable[[BaseException], None], value: Any, outstanding: Outstanding) -> None:
         super().__init__()
-        self._work, self._note, self._value = work, note, value
+        self.backend = backend
+        self._work, self._note, self._value, self._outstanding = work, note, value, outstanding
+        self._lock = threading.Lock()
+        self._ended = self._let_go = False
+        self._future: torch.futures.Future[Any] = torch.futures.Future()
+        try:
+            future = work.get_future()
+        except RuntimeError:  # gloo's point-to-point has none
+            self._future.set_result(value)
+            return
+        outstanding.add(self)
+        future.add_done_callback(self._finish)
+
+    def _finish(self, inner: torch.futures.Future[Any]) -> None:
+        try:
+            inner.value()
+        except Exception as error:
+            self.end(error)
+        else:
+            self.end(None)
+
+    def end(self, error: BaseException | None) -> bool:
+        """Complete, well or not; False if it was complete already."""
+        with self._lock:
+            if self._ended:
+                return False
+            self._ended = True
+        if error is not None:
+            self._note(error)
+        self._outstanding.discard(self)
+        self._future.set_result(self._value)
+        return True
+
+    def let_go(self) -> bool:
+        """End it although the backend still sleeps in it; False if it has ended."""
+        self._let_go = True
+        return self.end(TimeoutError("the operation did not notice that its sockets were shut"))
 
     def wait(self, timeout: Any = None) -> bool:
         """Wait; a failure is noted."""
-        try:
-            self._work.wait()
-        except Exception as error:
-            self._note(error)
+        self._future.wait()
+        if not self._let_go:  # at once, where there was a future; on CUDA it orders the streams
+            try:
+                self._work.wait()
+            except Exception as error:
+                self._note(error)
         return True
 
     def is_completed(self) -> bool:
         """Whether it has ended, well or not."""
-        return bool(self._work.is_completed())
+        return self._ended
 
     def get_future(self) -> torch.futures.Future[Any]:
         """A future that always completes with the value."""
-        out: torch.futures.Future[Any] = torch.futures.Future()
+        return self._future
 
-        def finish(inner: torch.futures.Future[Any]) -> None:
-            try:
-                inner.value()
-            except Exception as error:
-                self._note(error)
-            out.set_result(self._value)
 
-        self._work.get_future().add_done_callback(finish)
-        return out
+class Outstanding:
+    """The operations of a rank that have not ended."""
+
+    def __init__(self) -> None:
+        self._works: set[AbsorbingWork] = set()
+        self._lock = threading.Lock()
+
+    def add(self, work: AbsorbingWork) -> None:
+        """It has begun."""
+        with self._lock:
+            self._works.add(work)
+
+    def discard(self, work: AbsorbingWork) -> None:
+        """It has ended."""
+        with self._lock:
+            self._works.discard(work)
+
+    def let_go(self) -> int:
+        """After sockets were shut: wait for all to end, then end those that sleep. Returns how many that were."""
+        deadline = time.monotonic() + _GRACE_S
+        while self._works and time.monotonic() < deadline:
+            time.sleep(0.001)
+        with self._lock:
+            asleep = list(self._works)
+        count = 0
+        for work in asleep:
+            keep_for_ever(work.backend)
+            count += work.let_go()
+        return count
+
+
+def keep_for_ever(value: object) -> None:
+    """Never destroy an object, not even when the interpreter ends."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))

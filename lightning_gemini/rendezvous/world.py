@@ -21,6 +21,7 @@ import torch
 from lightning_gemini.rendezvous import backends
 from lightning_gemini.rendezvous.link import Link, StaleGeneration
 from lightning_gemini.rendezvous.store import AgentStore
+from lightning_gemini.rendezvous.works import Outstanding
 from lightning_gemini.snapshot.collective_log import CollectiveLog
 
 
@@ -45,6 +46,7 @@ class World:
         self.log: CollectiveLog | None = None
         self.replay: dict[tuple[str, int], bytes | None] = {}
         """Results of collectives that peers completed without this rank, by (group, index)."""
+        self.outstanding = Outstanding()
         self.stand_still: Callable[[BaseException | None], None] = _no_recovery
         self._timeout_s = collective_timeout_s
         self._salt = 0
@@ -84,6 +86,7 @@ class World:
     def free(self) -> None:
         """Get this process's threads out of collectives of the old generation; called in the listening thread."""
         backends.free(self.address)
+        self.outstanding.let_go()
 
     # ---- the log
 

@@ -206,6 +206,7 @@ def test_learning_rate_schedule() -> None:
     assert tiny(warmup_steps=0).lr_factor(1000) == 1.0
 
 
+@pytest.mark.torch_keeps_descriptors  # of a DeviceMesh's groups
 def test_fsdp2_shards_once_and_computes_the_same(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -240,6 +241,7 @@ def fit(text: Path, out: Path, cache: str, seed: int = 1) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.torch_keeps_descriptors
 def test_recorder_tells_equal_runs_from_others(text: Path, tmp_path: Path, cache: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

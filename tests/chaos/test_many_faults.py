@@ -1,0 +1,41 @@
+"""A long campaign: hundreds of recoveries in a row. `make chaos` runs it; it found a wake-up that gloo loses once in fifty recoveries."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+
+from lightning_gemini import GeminiStrategy
+from tests.support.jobs import Recorder, Result, run_job, same
+from tests.support.models import Net, loader
+
+pytestmark = [pytest.mark.skipif("GEMINI_CHAOS" not in os.environ, reason="make chaos runs it"), pytest.mark.timeout(900)]
+WORLD, FAULTS = 4, 38
+
+
+def job(directory: Path, kind: str, where: str, faults: int) -> Result:
+    configured = [{"kind": kind, "rank": i % WORLD, "step": 3 + 2 * i, "where": where} for i in range(faults)]
+
+    def train() -> None:
+        pl.seed_everything(1)
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=WORLD, strategy=GeminiStrategy(faults=configured, recovery={"spares": 2}), max_steps=82,  # type: ignore[arg-type]
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False, limit_val_batches=0,
+            default_root_dir=str(directory), callbacks=[Recorder(str(directory))],
+        )  # fmt: skip
+        trainer.fit(Net(width=256), loader(400))
+
+    return run_job(directory, train, WORLD, timeout_s=200)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "optimizer", "after_step"])
+@pytest.mark.parametrize("kind", ["raise", "kill"])
+def test_campaign(tmp_path: Path, kind: str, where: str) -> None:
+    expected = job(tmp_path / "undisturbed", kind, where, 0)
+    for attempt in range(8):
+        result = job(tmp_path / str(attempt), kind, where, FAULTS)
+        same(expected, result)
+        assert result.injected == len(result.recoveries) == FAULTS

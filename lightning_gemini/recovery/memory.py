@@ -22,6 +22,7 @@ from lightning_gemini.config import SnapshotConfig
 from lightning_gemini.rendezvous.link import Link, StaleGeneration
 from lightning_gemini.snapshot import arena
 from lightning_gemini.snapshot.collective_log import CollectiveLog
+from lightning_gemini.snapshot.cuda import SideStream, pin
 from lightning_gemini.snapshot.slots import CorruptSnapshot, SlotFile
 from lightning_gemini.state.catalogue import Entry, Segment, copy_in, owned, size_of, target_of
 
@@ -46,6 +47,8 @@ class Memory:
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="lightning-gemini-drain")
         self._versions: list[int] = []
         self._draining: concurrent.futures.Future[None] | None = None
+        self._device = next((entry.tensor.device for entry in entries()), torch.device("cpu"))
+        self._side = SideStream(self._device)
 
     # ---- set-up
 
@@ -62,6 +65,7 @@ class Memory:
                 "use fewer ranks per node, a smaller model, or a node with more memory"
             )
         self.arena.allocate(expected)
+        pin(self.arena.memory, self._device)
         self.ledger.allocate(self.config.local_state_mib * _MIB + local_extra, touch=False)
         self.log.allocate(self.config.collective_log_mib * _MIB)
 
@@ -118,8 +122,11 @@ class Memory:
         self._grow(arena.payload_size(mine, local))
         expected = self._versions = arena.versions(tensor for _, tensor in mine)
 
+        self._side.mark()
+
         def work() -> None:
-            arena.capture(self.arena, step, mine, chunk=self.chunk, local=local, expected=expected)
+            with self._side:
+                arena.capture(self.arena, step, mine, chunk=self.chunk, local=local, expected=expected)
             self.captured = step
             self.link.board.set(self.rank, TENSORS, tag(generation, step))
 

@@ -62,8 +62,9 @@ class SwappableGroup(dist.ProcessGroup):
 
     def _in_step(self, tensor: torch.Tensor | None, value: Any, start: Callable[[Any], dist.Work]) -> dist.Work:
         world = self._world
-        if world.error is None and not world.stale:
+        if world.error is None:
             try:
+                world.require_current()
                 return self._start(tensor.device.type if tensor is not None else "cpu", world.note, value, start)
             except Exception as error:
                 world.note(error)

@@ -67,6 +67,11 @@ class World:
         """Whether a recovery has been announced that this rank has not joined yet."""
         return self.link.announced != self.generation
 
+    def require_current(self) -> None:
+        """Raise `StaleGeneration` once a recovery has been announced."""
+        if self.stale:
+            raise StaleGeneration(f"generation {self.generation} is over, {self.link.announced} has begun")
+
     def note(self, error: BaseException) -> None:
         """Remember the first error of a step."""
         if self.error is None:
@@ -74,8 +79,7 @@ class World:
 
     def form(self, name: str, rank: int, size: int, device: str) -> Any:
         """A backend for group `name` in the current generation. All members call it."""
-        if self.stale:
-            raise StaleGeneration(f"generation {self.generation} is over, {self.link.announced} has begun")
+        self.require_current()
         store = AgentStore(self.link, self.generation, f"{name}/{device}/", self._timeout_s)
         if device == "cuda":  # pragma: no cover - needs a GPU
             return backends.form_nccl(store, rank, size, self._timeout_s)

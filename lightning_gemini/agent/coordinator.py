@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from lightning_gemini.agent.member import Member
-from lightning_gemini.agent.memory import BOUNDARY, FAULT_NS, Board, NodeFiles, step_of
+from lightning_gemini.agent.memory import BOUNDARY, FAULT_NS, HEARTBEAT_NS, Board, NodeFiles, step_of
 from lightning_gemini.agent.messages import Assign, Plan, Progress, Recover, Recovered
 from lightning_gemini.recovery.plan import RankInventory, RecoveryPlan, plan
 from lightning_gemini.snapshot.collective_log import CollectiveLog
@@ -72,6 +72,7 @@ class Coordinator:
 
     def assign(self, spare: Member, rank: int) -> None:
         """Give a dead rank to a spare."""
+        self.board.set(rank, HEARTBEAT_NS, time.monotonic_ns())  # its predecessor's last beat is not its own
         spare.rank, spare.waiting, spare.fresh, spare.in_fit = rank, False, True, True
         spare.send(Assign(rank=rank, generation=self.generation))
         self._emit("assign", rank=rank, generation=self.generation, spare_pid=spare.child.pid)

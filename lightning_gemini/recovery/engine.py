@@ -270,7 +270,7 @@ class Engine:
             counters=dict(self.world.counters),
         )
         self.world.link.send(stopped)
-        plan = self.world.link.wait_for_plan(generation, self.config.recovery.regroup_timeout_s)
+        plan = self.world.link.wait_for_plan(generation, patience_s(self.config))
         if plan.rewind:
             raise Rewind(f"step {plan.target}")
         if self.in_step and plan.target == self.step:
@@ -317,3 +317,8 @@ class Engine:
                 found.update({key: data for key, data in log.results().items() if key[0] == group and key[1] in wanted})
                 log.close()
         return found
+
+
+def patience_s(config: GeminiConfig) -> float:
+    """How long a rank waits for a plan: longer than the agent waits for ranks, which it kills one by one at its own deadline."""
+    return 10 * config.recovery.regroup_timeout_s + 60

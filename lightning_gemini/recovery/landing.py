@@ -14,7 +14,7 @@ import time
 
 from lightning_gemini.agent.memory import TENSORS
 from lightning_gemini.agent.messages import Plan, Stopped
-from lightning_gemini.recovery.engine import Engine
+from lightning_gemini.recovery.engine import Engine, patience_s
 from lightning_gemini.recovery.signals import Rewind
 from lightning_gemini.rendezvous.link import Link, StaleGeneration
 from lightning_gemini.rendezvous.world import Mode
@@ -43,7 +43,7 @@ class Landing:
     def _next_plan(self, engine: Engine) -> Plan:
         while True:
             try:
-                return self.link.wait_for_plan(self.link.announced, engine.config.recovery.regroup_timeout_s)
+                return self.link.wait_for_plan(self.link.announced, patience_s(engine.config))
             except StaleGeneration:
                 continue
 

@@ -49,7 +49,7 @@ class World:
         self.outstanding = Outstanding()
         self.stand_still: Callable[[BaseException | None], None] = _no_recovery
         self._timeout_s = collective_timeout_s
-        self._salt = 0
+        self._nccl: list[Any] = []
 
     @property
     def rank(self) -> int:
@@ -60,7 +60,7 @@ class World:
     @property
     def address(self) -> str:
         """This rank's loopback address."""
-        return backends.loopback_address(self.link.rank or 0, self.link.files.board + self._salt)
+        return backends.loopback_address(self.link.rank or 0, self.link.files.board)
 
     @property
     def stale(self) -> bool:
@@ -82,7 +82,8 @@ class World:
         self.require_current()
         store = AgentStore(self.link, self.generation, f"{name}/{device}/", self._timeout_s)
         if device == "cuda":  # pragma: no cover - needs a GPU
-            return backends.form_nccl(store, rank, size, self._timeout_s)
+            self._nccl.append(backends.form_nccl(store, rank, size, self._timeout_s))
+            return self._nccl[-1]
         store.set(f"here/{rank}", b"")  # so that connecting, which no one can interrupt, begins when all are there
         store.wait([f"here/{other}" for other in range(size)])
         return backends.form_gloo(store, rank, size, self.address, self._timeout_s)
@@ -90,6 +91,8 @@ class World:
     def free(self) -> None:
         """Get this process's threads out of collectives of the old generation; called in the listening thread."""
         backends.free(self.address)
+        while self._nccl:  # pragma: no cover - needs a GPU
+            backends.abort_nccl(self._nccl.pop())
         self.outstanding.let_go()
 
     # ---- the log

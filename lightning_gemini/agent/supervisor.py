@@ -374,8 +374,6 @@ class Supervisor:
         if self._configured:
             self._start_spares()
 
-    # ---- the end
-
     def _end(self, status: int, reason: str) -> None:
         if self.exit_status is None:
             self.exit_status = status

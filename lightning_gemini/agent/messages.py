@@ -71,22 +71,6 @@ class Left(Message, tag="left"):
     """`fit` has returned on this rank."""
 
 
-class StoreSet(Message, tag="set"):
-    """Rendezvous: publish a key of `generation`."""
-
-    generation: int
-    key: str
-    value: bytes
-
-
-class StoreGet(Message, tag="get"):
-    """Rendezvous: ask for keys of `generation`; the answer comes when all are there."""
-
-    request: int
-    generation: int
-    keys: list[str]
-
-
 # ---- agent -> rank
 
 
@@ -117,13 +101,6 @@ class Plan(Message, tag="plan"):
     """group -> (collectives completed by the furthest rank, that rank)."""
 
 
-class StoreValues(Message, tag="values"):
-    """Answer to `StoreGet`; `values` is None when the generation is over."""
-
-    request: int
-    values: list[bytes] | None
-
-
 class Recovered(Message, tag="recovered"):
     """The first step after a recovery is complete on all ranks: seconds by phase."""
 
@@ -140,8 +117,8 @@ class Stop(Message, tag="stop"):
     reason: str
 
 
-FromRank = Hello | Waiting | Fault | Stopped | Progress | Left | StoreSet | StoreGet
-FromAgent = Assign | Recover | Plan | StoreValues | Recovered | Stop
+FromRank = Hello | Waiting | Fault | Stopped | Progress | Left
+FromAgent = Assign | Recover | Plan | Recovered | Stop
 
 _encoder = msgspec.msgpack.Encoder()
 _from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)

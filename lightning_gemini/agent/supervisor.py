@@ -33,13 +33,10 @@ from lightning_gemini.agent.messages import (
     Progress,
     Stop,
     Stopped,
-    StoreGet,
-    StoreSet,
     Waiting,
     decode_from_rank,
 )
 from lightning_gemini.agent.spawn import Spawner
-from lightning_gemini.agent.store import KeyStore
 from lightning_gemini.config import GeminiConfig, parse
 from lightning_gemini.telemetry.events import EventLog
 
@@ -57,7 +54,6 @@ class Supervisor:
         self.config = GeminiConfig()
         self.replicated = True
         self.members: list[Member] = []
-        self.store = KeyStore()
         self.selector = selectors.DefaultSelector()
         self.exit_status: int | None = None
         self.job = f"{os.getpid()}-{time.time_ns()}"
@@ -269,10 +265,6 @@ class Supervisor:
 
     def _handle(self, member: Member, message: FromRank) -> None:
         match message:
-            case StoreSet():
-                self.store.set(message)
-            case StoreGet():
-                self.store.get(message, member.send)
             case Hello():
                 self._on_hello(member, message)
             case Waiting():
@@ -335,7 +327,6 @@ class Supervisor:
             what = f"{member.name} raised in {raised.where}:\n{raised.error}" if raised else reason
             self._end(1, f"{ending}; the last: {what}")
             return
-        self.store.open(self.coordinator.generation)
         self._wait_deadline = time.monotonic() + self.config.recovery.regroup_timeout_s
         self._fill()
 

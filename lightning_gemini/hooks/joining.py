@@ -32,6 +32,7 @@ from lightning_gemini.recovery.landing import Landing
 from lightning_gemini.recovery.memory import Memory, expected_size
 from lightning_gemini.rendezvous import group
 from lightning_gemini.rendezvous.link import Link
+from lightning_gemini.rendezvous.roster import Roster
 from lightning_gemini.rendezvous.world import Mode, World
 from lightning_gemini.snapshot.slots import CorruptSnapshot, SlotFile
 from lightning_gemini.state.catalogue import catalogue, size_of
@@ -88,7 +89,8 @@ class Joining(Stepping):
             self.landing = Landing(link)
             link.send(Waiting())
             link.wait(lambda: link.rank is not None, float(2**31), "a rank")
-            self.world.generation = link.announced
+            self.world.enter(link.announced)
+        self._take_rank()
         environment.rank = link.rank
         self.set_world_ranks()  # type: ignore[attr-defined]
         if self.landing is not None:
@@ -102,6 +104,12 @@ class Joining(Stepping):
             dist.init_process_group("gemini", store=dist.HashStore(), rank=self.world.rank, world_size=self.world.size)  # type: ignore[attr-defined]
             keep_groups_swappable()
         super().setup_environment()  # type: ignore[misc]
+
+    def _take_rank(self) -> None:
+        """Listen for the other ranks; they know where, because everybody knows the job's name."""
+        if not self.world.joined:
+            assert self.link.rank is not None
+            self.world.join(Roster.on_one_node(os.environ["LIGHTNING_GEMINI_JOB"], self.link.world), self.link.rank)
 
     def _continue_loggers(self) -> None:
         """In the folders that rank 0 has opened; whoever looked for the next free one would find another."""
@@ -149,7 +157,7 @@ class Joining(Stepping):
         gradients = size_of(entries) if accumulating else 0
         need = expected_size(entries, optimizers, self.world.rank, self.world.size)
         memory.allocate(need, gradients)
-        self.engine = Engine(self.world, self.config, memory, LocalState(trainer, self.engine and self.engine.local), self)  # type: ignore[arg-type]
+        self.engine = Engine(self.world, self.link, self.config, memory, LocalState(trainer, self.engine and self.engine.local), self)  # type: ignore[arg-type]
         self.world.log = memory.log
         self.world.stand_still = self.engine.stand_still
         if self.landing is None and self.config.telemetry.banner and self.world.rank == 0:
@@ -203,7 +211,7 @@ class Joining(Stepping):
                 lambda: self.link.announced != generation, self.config.recovery.regroup_timeout_s, "the agent to begin a recovery"
             )
             error.__traceback__ = error.__context__ = None
-        self.world.generation = self.link.announced
+        self.world.enter(self.link.announced)
         self.landing.answer()
         self.world.mode, self.world.error = Mode.STAND_IN, None
         self.world.replay.clear()

@@ -31,7 +31,8 @@ from lightning_gemini.agent.messages import Fault, Plan, Progress, Stopped
 from lightning_gemini.config import GeminiConfig
 from lightning_gemini.recovery.memory import Memory
 from lightning_gemini.recovery.signals import Rewind, StepFault
-from lightning_gemini.rendezvous.link import StaleGeneration
+from lightning_gemini.rendezvous.errors import StaleGeneration
+from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode, World
 from lightning_gemini.snapshot.collective_log import CollectiveLog
 from lightning_gemini.snapshot.slots import CorruptSnapshot
@@ -75,8 +76,8 @@ class Host(Protocol):
 class Engine:
     """One per `fit`. Not thread-safe: it belongs to the main thread."""
 
-    def __init__(self, world: World, config: GeminiConfig, memory: Memory, local: LocalState, host: Host) -> None:
-        self.world, self.config, self.memory, self.local, self.host = world, config, memory, local, host
+    def __init__(self, world: World, link: Link, config: GeminiConfig, memory: Memory, local: LocalState, host: Host) -> None:
+        self.world, self.link, self.config, self.memory, self.local, self.host = world, link, config, memory, local, host
         self.step = -1
         """The newest boundary all ranks have committed, and the step under way."""
         self.in_step = False
@@ -198,7 +199,7 @@ class Engine:
         """Tell the agent, once per recovery, that this rank has gone on: it has completed a step, or `fit`."""
         if self.resumed_generation != self.world.generation:
             self.resumed_generation = self.world.generation
-            self.world.link.send(Progress(generation=self.world.generation, phase="resumed", step=self.step))
+            self.link.send(Progress(generation=self.world.generation, phase="resumed", step=self.step))
 
     def adopt(self, boundary: Boundary) -> None:
         """This rank has landed at `boundary`: it goes on from there."""
@@ -222,7 +223,7 @@ class Engine:
             self.report(error, "training step")
         if error is not None:  # its frames hold the aborted forward, and with it DDP's old reducer and its hooks
             error.__traceback__ = error.__context__ = error.__cause__ = None
-        link, timeout_s = self.world.link, self.config.recovery.regroup_timeout_s
+        link, timeout_s = self.link, self.config.recovery.regroup_timeout_s
         if not own and not self.world.stale:
             try:
                 link.wait(lambda: self.world.stale, _ANNOUNCEMENT_S, "the agent's word on a failed collective")
@@ -237,7 +238,7 @@ class Engine:
                 continue
             except (CorruptSnapshot, TimeoutError, RuntimeError, MemoryError) as failure:
                 if link.announced == generation:
-                    self.world.generation = generation
+                    self.world.enter(generation)
                     self.report(failure, "recovery")
                     link.wait_for_generation_after(generation, timeout_s)
 
@@ -248,7 +249,7 @@ class Engine:
     def report(self, error: BaseException, where: str, *, recoverable: bool = True) -> None:
         """Tell the agent of a fault of this rank."""
         text = "".join(traceback.format_exception(error))
-        self.world.link.send(
+        self.link.send(
             Fault(
                 generation=self.world.generation,
                 step=self.step,
@@ -269,8 +270,8 @@ class Engine:
             unwinding=False,
             counters=dict(self.world.counters),
         )
-        self.world.link.send(stopped)
-        plan = self.world.link.wait_for_plan(generation, patience_s(self.config))
+        self.link.send(stopped)
+        plan = self.link.wait_for_plan(generation, patience_s(self.config))
         if plan.rewind:
             raise Rewind(f"step {plan.target}")
         if self.in_step and plan.target == self.step:
@@ -300,19 +301,20 @@ class Engine:
     def join(self, plan: Plan) -> None:
         """Enter the generation of a plan: words, results to replay, groups."""
         world = self.world
-        world.link.send(Progress(generation=plan.generation, phase="restored"))
-        world.generation, world.error = plan.generation, None
+        self.link.send(Progress(generation=plan.generation, phase="restored"))
+        world.enter(plan.generation)
+        world.error = None
         self.memory.publish(plan.generation, plan.target)
         world.replay = self._replay(plan)
         self.host.form_groups()
-        world.link.send(Progress(generation=plan.generation, phase="regrouped"))
+        self.link.send(Progress(generation=plan.generation, phase="regrouped"))
 
     def _replay(self, plan: Plan) -> dict[tuple[str, int], bytes | None]:
         """Results of collectives that others have completed and this rank has not."""
         found: dict[tuple[str, int], bytes | None] = {}
         for group, (count, holder) in plan.logs.items():
             if self.world.counters.get(group, 0) < count:
-                log = CollectiveLog(self.world.link.files.logs[holder])
+                log = CollectiveLog(self.link.files.logs[holder])
                 wanted = range(self.world.counters.get(group, 0), count)
                 found.update({key: data for key, data in log.results().items() if key[0] == group and key[1] in wanted})
                 log.close()

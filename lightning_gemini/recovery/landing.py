@@ -16,7 +16,8 @@ from lightning_gemini.agent.memory import TENSORS
 from lightning_gemini.agent.messages import Plan, Stopped
 from lightning_gemini.recovery.engine import Engine, patience_s
 from lightning_gemini.recovery.signals import Rewind
-from lightning_gemini.rendezvous.link import Link, StaleGeneration
+from lightning_gemini.rendezvous.errors import StaleGeneration
+from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode
 from lightning_gemini.snapshot.slots import CorruptSnapshot
 from lightning_gemini.state.local import Boundary
@@ -66,7 +67,7 @@ class Landing:
                 self._take(engine, self._next_plan(engine))
             except (CorruptSnapshot, TimeoutError, RuntimeError) as failure:
                 if self.link.announced == self.plan.generation:
-                    engine.world.generation = self.plan.generation
+                    engine.world.enter(self.plan.generation)
                     engine.report(failure, "recovery")
                     self.link.wait_for_generation_after(self.plan.generation, engine.config.recovery.regroup_timeout_s)
                 self._take(engine, self._next_plan(engine))

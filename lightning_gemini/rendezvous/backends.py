@@ -1,12 +1,13 @@
 """What is inside a swappable group: gloo for CPU tensors, NCCL for CUDA tensors, one interface.
 
-Seam: `form(...)` builds a backend for one generation; `free(address)` gets threads out of collectives that cannot complete; a backend
-that is dropped closes itself. Verified here: gloo, with real kills and SIGSTOP. NCCL is written to its documented behaviour
-(`ProcessGroupNCCL.abort`, a fresh id per generation through a fresh store prefix) and runs where a GPU is at hand.
+Seam: `form_gloo` and `form_nccl` build a backend for one generation; `Endpoints.free` and `abort_nccl` get threads out of collectives
+that cannot complete; a backend that is dropped closes itself. Verified here: gloo, with real kills and SIGSTOP, on IPv4 and IPv6. NCCL is
+written to its documented behaviour (`ProcessGroupNCCL.abort`; a fresh id per generation through a store prefix that is never used
+again; several roots, `TORCH_NCCL_RANKS_PER_ROOT`, where the version of NCCL has them) and runs where a GPU is at hand.
 
 Why `free` shuts sockets: gloo's `abort` and `shutdown` return at once and free nobody who is blocked in C++ because a peer was stopped
-or died elsewhere in the ring. Shutting the *connected* sockets does, in milliseconds. Each rank gives gloo a loopback address of its own
-(127.a.b.c), by which its sockets are told from all others of the process; listening sockets are left alone (shutting one ends peers).
+or died elsewhere in the ring. Shutting the *connected* sockets does, in milliseconds. Listening sockets are left alone: shutting one ends
+peers. Which sockets are gloo's follows from the ports of its listeners: a member's own, and those that the members tell each other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import contextlib
 import os
 import socket
 import stat
+import threading
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -22,19 +25,71 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
 FORM_TIMEOUT_S = 15.0
-"""Limit of building a group once all its members have published their addresses."""
+"""Limit of connecting a group once all its members have published their addresses."""
+RANKS_PER_ROOT = 128
+"""NCCL: one process that bootstraps for all others is a bottleneck from some hundreds of ranks on."""
+Endpoint = tuple[str, int]
 
 
-def loopback_address(rank: int, salt: int) -> str:
-    """An address of 127/8 for this rank: the salt keeps two jobs apart, which is a convenience, not a need."""
-    return f"127.{64 + salt % 128}.{salt // 128 % 256}.{rank % 250 + 1}"
+class Endpoints:
+    """The listeners of this process's gloo groups and of their members."""
+
+    def __init__(self) -> None:
+        self._own: set[Endpoint] = set()
+        self._theirs: set[Endpoint] = set()
+        self._lock = threading.Lock()
+
+    def listen(self, host: str) -> tuple[Any, Endpoint]:
+        """A gloo device that listens at `host` (an address in numbers), and where."""
+        with self._lock:
+            before = {sock.fileno(): sock.getsockname() for sock in _sockets(listening=True)}
+            device = ProcessGroupGloo.create_device(hostname=host)
+            new = [sock.getsockname()[:2] for sock in _sockets(listening=True) if sock.getsockname() not in before.values()]
+            self._own.update(new)
+        if not new:
+            raise RuntimeError("gloo opened no listener of its own: its groups could not be interrupted with this version of torch")
+        return device, new[-1]
+
+    def expect(self, endpoints: list[Endpoint]) -> None:
+        """Members that this process will connect to."""
+        with self._lock:
+            self._theirs.update(endpoints)
+
+    def free(self) -> int:
+        """Shut this process's connections of all groups so far and forget them; returns how many."""
+        with self._lock:
+            own, theirs = self._own, self._theirs
+            self._own, self._theirs = set(), set()
+        count = 0
+        for sock in _sockets(listening=False):
+            with contextlib.suppress(OSError):
+                if sock.getsockname()[:2] in own or sock.getpeername()[:2] in theirs:
+                    sock.shutdown(socket.SHUT_RDWR)
+                    count += 1
+        return count
 
 
-def form_gloo(store: Store, rank: int, size: int, address: str, timeout_s: float) -> ProcessGroupGloo:
+def _sockets(*, listening: bool) -> Iterator[socket.socket]:
+    """This process's TCP sockets, each a duplicate that is closed when the next one is asked for."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not stat.S_ISSOCK(os.stat(f"/proc/self/fd/{name}").st_mode):
+                continue
+            copy = os.dup(int(name))
+        except OSError:  # closed meanwhile
+            continue
+        with socket.socket(fileno=copy) as sock:
+            if sock.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            if bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) is listening:
+                yield sock
+
+
+def form_gloo(store: Store, rank: int, size: int, device: Any, timeout_s: float) -> ProcessGroupGloo:
     """A connected gloo group of one generation."""
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timedelta(seconds=FORM_TIMEOUT_S)
-    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    options._devices = [device]
     group = ProcessGroupGloo(store, rank, size, options)
     group._set_default_timeout(timedelta(seconds=timeout_s))
     return group
@@ -42,6 +97,7 @@ def form_gloo(store: Store, rank: int, size: int, address: str, timeout_s: float
 
 def form_nccl(store: Store, rank: int, size: int, timeout_s: float) -> Any:  # pragma: no cover - needs a GPU
     """An NCCL group of one generation; its communicators are made at the first collective."""
+    os.environ.setdefault("TORCH_NCCL_RANKS_PER_ROOT", str(RANKS_PER_ROOT))
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)
     return dist.ProcessGroupNCCL(store, rank, size, options)
@@ -52,21 +108,24 @@ def abort_nccl(group: Any) -> None:  # pragma: no cover - needs a GPU
     group.abort()
 
 
-def free(address: str) -> int:
-    """Shut this process's connected sockets at `address` (either end); returns how many."""
-    prefix = address.rpartition(".")[0] + "."
-    count = 0
-    for name in os.listdir("/proc/self/fd"):
+def abandonable(work: Callable[[], Any], over: Callable[[], bool]) -> Any:
+    """Run `work`, which nothing can interrupt, in a thread; return without it (None) once `over`. The thread ends by its own timeout."""
+    result: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
         try:
-            if not stat.S_ISSOCK(os.stat(f"/proc/self/fd/{name}").st_mode):
-                continue
-            copy = os.dup(int(name))
-        except OSError:  # closed meanwhile
-            continue
-        with socket.socket(fileno=copy) as sock, contextlib.suppress(OSError):
-            if sock.family != socket.AF_INET or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                continue
-            if sock.getsockname()[0] == address or sock.getpeername()[0].startswith(prefix):
-                sock.shutdown(socket.SHUT_RDWR)
-                count += 1
-    return count
+            result.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="lightning-gemini-form", daemon=True)
+    thread.start()
+    while thread.is_alive() and not over():
+        thread.join(_CHECK_S)
+    if errors:
+        raise errors[0]
+    return result[0] if result else None
+
+
+_CHECK_S = 0.02

@@ -14,7 +14,7 @@ bit-identity with three and more ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +28,11 @@ Tensors = list[torch.Tensor]
 
 
 class SwappableGroup(dist.ProcessGroup):
-    """A group of `size` ranks named `name`, over backends that are formed lazily, one per device type and generation."""
+    """The group named `name` of global ranks `members`, over backends that are formed lazily, one per device type and generation."""
 
-    def __init__(self, world: World, rank: int, size: int, name: str) -> None:
-        super().__init__(rank, size)
-        self._world, self._rank, self._size, self._name = world, rank, size, name
+    def __init__(self, world: World, rank: int, members: Sequence[int], name: str) -> None:
+        super().__init__(rank, len(members))
+        self._world, self._rank, self._members, self._size, self._name = world, rank, members, len(members), name
         self._inner: dict[str, tuple[int, Any]] = {}
 
     def getBackendName(self) -> str:
@@ -56,7 +56,7 @@ class SwappableGroup(dist.ProcessGroup):
         generation, backend = self._inner.get(device, (-1, None))
         if generation != self._world.generation:
             self._inner.pop(device, None)
-            backend = self._world.form(self._name, self._rank, self._size, device)
+            backend = self._world.form(self._name, self._rank, self._members, device)
             self._inner[device] = (self._world.generation, backend)
         return backend
 
@@ -306,7 +306,8 @@ def register(world: Callable[[], World]) -> None:
     """Make "gemini" a backend of torch.distributed; groups belong to the `World` that is current when they are made."""
 
     def create(options: Any, _: Any) -> SwappableGroup:
-        return SwappableGroup(world(), options.group_rank, options.group_size, options.group_id)
+        members = options.global_ranks_in_group or range(options.group_size)  # torch leaves the default group's out
+        return SwappableGroup(world(), options.group_rank, members, options.group_id)
 
     if "gemini" not in dist.Backend.backend_list:
         dist.Backend.register_backend("gemini", create, devices=["cpu", "cuda"], extended_api=True)

@@ -27,20 +27,14 @@ from lightning_gemini.agent.messages import (
     Recover,
     Recovered,
     Stop,
-    StoreGet,
-    StoreSet,
-    StoreValues,
     decode_from_agent,
     encode,
 )
+from lightning_gemini.rendezvous.errors import StaleGeneration
 
 _BEAT_S = 0.2
 AGENT_LOST = 70
 """Exit status of a rank whose agent is gone (EX_SOFTWARE)."""
-
-
-class StaleGeneration(RuntimeError):
-    """A newer generation has begun: what was being done for the old one is void."""
 
 
 class Link:
@@ -60,8 +54,6 @@ class Link:
         self._channel = Channel(socket.socket(fileno=int(os.environ["LIGHTNING_GEMINI_CHANNEL"])))
         self._agent_pid = os.getppid()
         self._news = threading.Condition()
-        self._answers: dict[int, list[bytes] | None] = {}
-        self._requests = 0
         self._thread = threading.Thread(target=self._listen, name="lightning-gemini-link", daemon=True)
         self._thread.start()
 
@@ -70,22 +62,6 @@ class Link:
     def send(self, message: FromRank) -> None:
         """Tell the agent."""
         self._channel.send(encode(message))
-
-    def set(self, generation: int, key: str, value: bytes) -> None:
-        """Publish a rendezvous key."""
-        self.send(StoreSet(generation=generation, key=key, value=value))
-
-    def get(self, generation: int, keys: list[str], timeout_s: float) -> list[bytes]:
-        """Wait for rendezvous keys. Raises `StaleGeneration` when a newer one begins, `TimeoutError` at the deadline."""
-        with self._news:
-            self._requests += 1
-            request = self._requests
-        self.send(StoreGet(request=request, generation=generation, keys=keys))
-        self.wait(lambda: request in self._answers or self.announced != generation, timeout_s, f"rendezvous keys {keys}")
-        values = self._answers.pop(request, None)
-        if values is None:
-            raise StaleGeneration(f"generation {generation} is over, {self.announced} has begun")
-        return values
 
     def wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Wait until something the listening thread learns makes `condition` true. Raises `TimeoutError`."""
@@ -122,8 +98,6 @@ class Link:
     def _handle(self, message: FromAgent) -> None:
         with self._news:
             match message:
-                case StoreValues():
-                    self._answers[message.request] = message.values
                 case Recover():
                     self.announced = max(self.announced, message.generation)
                 case Assign():

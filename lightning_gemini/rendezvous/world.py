@@ -13,16 +13,19 @@ Failure: a group that cannot be formed (a member died meanwhile) is an error of 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from lightning_gemini.rendezvous import backends
-from lightning_gemini.rendezvous.link import Link, StaleGeneration
-from lightning_gemini.rendezvous.store import AgentStore
+from lightning_gemini.rendezvous.errors import StaleGeneration
+from lightning_gemini.rendezvous.node import PeerNode
+from lightning_gemini.rendezvous.roster import Roster
+from lightning_gemini.rendezvous.store import PeerStore
 from lightning_gemini.rendezvous.works import Outstanding
 from lightning_gemini.snapshot.collective_log import CollectiveLog
+from lightning_gemini.state.raw import pack, unpack
 
 
 class Mode(enum.Enum):
@@ -33,13 +36,20 @@ class Mode(enum.Enum):
     STEP = "step"
 
 
+class Membership(Protocol):
+    """Who says that a generation is over: the agent's link, or whatever a program without one has."""
+
+    @property
+    def announced(self) -> int:
+        """The newest generation that has been announced."""
+
+
 class World:
     """Shared state of a rank's groups; `stand_still` is installed by the recovery and returns when the job has regrouped."""
 
-    def __init__(self, link: Link, collective_timeout_s: float) -> None:
-        self.link = link
-        self.size = link.world
-        self.generation = link.announced
+    def __init__(self, membership: Membership, collective_timeout_s: float) -> None:
+        self.membership = membership
+        self.generation = membership.announced
         self.mode = Mode.BETWEEN
         self.error: BaseException | None = None
         self.counters: dict[str, int] = {}
@@ -48,49 +58,85 @@ class World:
         """Results of collectives that peers completed without this rank, by (group, index)."""
         self.outstanding = Outstanding()
         self.stand_still: Callable[[BaseException | None], None] = _no_recovery
+        self._peers: PeerNode | None = None
+        self._endpoints = backends.Endpoints()
         self._timeout_s = collective_timeout_s
         self._nccl: list[Any] = []
+
+    def join(self, roster: Roster, rank: int, token: bytes = b"") -> None:
+        """Become a rank: listen for its peers."""
+        self._peers = PeerNode(roster, rank, token=token, generation=self.generation, timeout_s=self._timeout_s)
+
+    @property
+    def joined(self) -> bool:
+        """Whether this process has a rank."""
+        return self._peers is not None
+
+    @property
+    def peers(self) -> PeerNode:
+        """This rank among its peers."""
+        assert self._peers is not None, "this process has no rank yet"
+        return self._peers
 
     @property
     def rank(self) -> int:
         """Global rank."""
-        assert self.link.rank is not None, "a spare has no rank yet"
-        return self.link.rank
+        return self.peers.rank
 
     @property
-    def address(self) -> str:
-        """This rank's loopback address."""
-        return backends.loopback_address(self.link.rank or 0, self.link.files.board)
+    def size(self) -> int:
+        """Ranks of the job."""
+        return self.peers.roster.size
+
+    def enter(self, generation: int) -> None:
+        """Take part in a generation."""
+        self.generation = generation
+        if self._peers is not None:
+            self._peers.open(generation)
+
+    def leave(self) -> None:
+        """Close the listener and all connections to peers."""
+        if self._peers is not None:
+            self._peers.close()
 
     @property
     def stale(self) -> bool:
         """Whether a recovery has been announced that this rank has not joined yet."""
-        return self.link.announced != self.generation
+        return self.membership.announced != self.generation
 
     def require_current(self) -> None:
         """Raise `StaleGeneration` once a recovery has been announced."""
         if self.stale:
-            raise StaleGeneration(f"generation {self.generation} is over, {self.link.announced} has begun")
+            raise StaleGeneration(f"generation {self.generation} is over, {self.membership.announced} has begun")
 
     def note(self, error: BaseException) -> None:
         """Remember the first error of a step."""
         if self.error is None:
             self.error = error
 
-    def form(self, name: str, rank: int, size: int, device: str) -> Any:
-        """A backend for group `name` in the current generation. All members call it."""
+    def form(self, name: str, rank: int, members: Sequence[int], device: str) -> Any:
+        """A backend for group `name` of global ranks `members` in the current generation. All members call it."""
         self.require_current()
-        store = AgentStore(self.link, self.generation, f"{name}/{device}/", self._timeout_s)
+        store = PeerStore(self.peers, generation=self.generation, prefix=f"{name}/{device}/", members=members)
         if device == "cuda":  # pragma: no cover - needs a GPU
-            self._nccl.append(backends.form_nccl(store, rank, size, self._timeout_s))
+            self._nccl.append(backends.form_nccl(store, rank, len(members), self._timeout_s))
             return self._nccl[-1]
-        store.set(f"here/{rank}", b"")  # so that connecting, which no one can interrupt, begins when all are there
-        store.wait([f"here/{other}" for other in range(size)])
-        return backends.form_gloo(store, rank, size, self.address, self._timeout_s)
+        listener, (host, port) = self._endpoints.listen(self.peers.host)
+        everyone = self.peers.all_gather(
+            self.generation, f"{name}/{device}/endpoints", rank, len(members), f"{host} {port}".encode(), members, self._timeout_s
+        )
+        self._endpoints.expect([(where[0], int(where[1])) for where in (entry.decode().split() for entry in everyone)])
+        group = backends.abandonable(
+            lambda: backends.form_gloo(store, rank, len(members), listener, self._timeout_s), over=lambda: self.stale
+        )
+        self.require_current()
+        return group
 
     def free(self) -> None:
         """Get this process's threads out of collectives of the old generation; called in the listening thread."""
-        backends.free(self.address)
+        if self._peers is not None:
+            self._peers.open(self.membership.announced)
+        self._endpoints.free()
         while self._nccl:  # pragma: no cover - needs a GPU
             backends.abort_nccl(self._nccl.pop())
         self.outstanding.let_go()
@@ -121,27 +167,3 @@ class World:
 
 def _no_recovery(error: BaseException | None) -> None:
     raise error or RuntimeError("a recovery was announced before this process could take part in one")
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous CPU tensor as a flat uint8 view of the same memory."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
-
-
-def pack(tensors: list[torch.Tensor]) -> bytes:
-    """The bytes of small tensors, one after the other."""
-    return b"".join(as_bytes(tensor.cpu().contiguous()).numpy().tobytes() for tensor in tensors)
-
-
-def unpack(data: bytes, tensors: list[torch.Tensor]) -> None:
-    """Inverse of `pack`, into existing tensors."""
-    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    expected = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if flat.numel() != expected:
-        raise RuntimeError(f"a replayed collective has {flat.numel()} bytes where {expected} are expected: the script is not deterministic")
-    position = 0
-    with torch.no_grad():
-        for tensor in tensors:
-            size = tensor.numel() * tensor.element_size()
-            tensor.copy_(flat[position : position + size].clone().view(tensor.dtype).view(tensor.shape))
-            position += size

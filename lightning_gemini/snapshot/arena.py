@@ -17,9 +17,9 @@ import msgspec
 import torch
 import xxhash
 
-from lightning_gemini.rendezvous.world import as_bytes
 from lightning_gemini.snapshot.slots import CorruptSnapshot, Slot, SlotFile
 from lightning_gemini.state.catalogue import Segment
+from lightning_gemini.state.raw import as_bytes
 
 _LENGTH = struct.Struct("<Q")
 Owned = list[tuple[Segment, torch.Tensor]]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_gemini.rendezvous.world import as_bytes
+from lightning_gemini.state.raw import as_bytes
 
 
 class Entry(NamedTuple):

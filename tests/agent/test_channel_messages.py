@@ -23,15 +23,11 @@ FROM_RANK: list[m.FromRank] = [
     m.Stopped(generation=1, step=-1, wrote=True, in_step=False, unwinding=True, counters={"0": 4}),
     m.Progress(generation=1, phase="resumed", step=9),
     m.Left(),
-    m.StoreSet(generation=0, key="0/cpu/here/1", value=bytes(range(256))),
-    m.StoreGet(request=1, generation=0, keys=["a", "b"]),
 ]
 FROM_AGENT: list[m.FromAgent] = [
     m.Assign(rank=1, generation=3),
     m.Recover(generation=1, reason="rank 1 died"),
     m.Plan(generation=1, target=5, rewind=False, replaced=[1], donors={1: 0}, logs={"0": (4, 0)}),
-    m.StoreValues(request=1, values=[b"", b"x"]),
-    m.StoreValues(request=1, values=None),
     m.Recovered(generation=1, reason="…", step=5, seconds={"detect": 0.1}, count=1),
     m.Stop(reason="the job has ended"),
 ]
@@ -65,7 +61,7 @@ def test_garbage(data: bytes) -> None:
 
 def test_a_wrong_type_is_garbage() -> None:
     with pytest.raises(msgspec.DecodeError, match="Expected `int`, got `str`"):
-        m.decode_from_rank(msgspec.msgpack.encode({"type": "get", "request": "1", "generation": 0, "keys": []}))
+        m.decode_from_rank(msgspec.msgpack.encode({"type": "progress", "generation": "1", "phase": "resumed"}))
 
 
 def test_text_that_is_no_text_is_garbage() -> None:

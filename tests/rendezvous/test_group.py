@@ -22,7 +22,7 @@ def world() -> Iterator[World]:
 @pytest.fixture
 def group(world: World) -> SwappableGroup:
     world.mode = Mode.STAND_IN
-    return SwappableGroup(world, RANK, SIZE, "0")
+    return SwappableGroup(world, RANK, range(SIZE), "0")
 
 
 # ---- alone: as if all ranks had sent what we send
@@ -136,7 +136,7 @@ def test_alone_leaves_no_trace(group: SwappableGroup, world: World) -> None:
 @pytest.mark.parametrize("mode", list(Mode))
 def test_a_group_of_one_needs_nobody(world: World, mode: Mode) -> None:
     world.mode = mode
-    x, single = t(4), SwappableGroup(world, 0, 1, "me")
+    x, single = t(4), SwappableGroup(world, 0, [RANK], "me")
     single.allreduce([x]).wait()
     single.barrier().wait()
     out = torch.empty(1)

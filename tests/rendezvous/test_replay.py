@@ -9,11 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_gemini.agent.memory import NodeFiles, create_files
+from lightning_gemini.rendezvous.errors import StaleGeneration
 from lightning_gemini.rendezvous.group import SwappableGroup
-from lightning_gemini.rendezvous.link import StaleGeneration
 from lightning_gemini.rendezvous.world import Mode, World, pack, unpack
 from lightning_gemini.snapshot.collective_log import CollectiveLog
 from tests.support.groups import RANK, SIZE, lone_world, options, t
+
+
+@pytest.fixture
+def files() -> Iterator[NodeFiles]:
+    made = create_files(SIZE)
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -24,7 +32,7 @@ def world() -> Iterator[World]:
 @pytest.fixture
 def group(world: World) -> SwappableGroup:
     world.mode = Mode.STEP
-    return SwappableGroup(world, RANK, SIZE, "0")
+    return SwappableGroup(world, RANK, range(SIZE), "0")
 
 
 # ---- inside a step: an error is absorbed
@@ -47,7 +55,7 @@ IN_STEP: dict[str, Start] = {
 @pytest.mark.parametrize("start", IN_STEP.values(), ids=IN_STEP)
 def test_in_a_step_a_collective_never_raises(group: SwappableGroup, world: World, start: Start) -> None:
     """A recovery was announced: no group can be formed."""
-    world.link.announced = 1
+    world.membership.announced = 1
     work = start(group)
     assert work.wait()
     work.get_future().wait()
@@ -60,9 +68,9 @@ def test_in_a_step_a_collective_never_raises(group: SwappableGroup, world: World
 # ---- between steps: results of peers are replayed
 
 
-def replayed(world: World, record: list[list[torch.Tensor]]) -> SwappableGroup:
+def replayed(files: NodeFiles, world: World, record: list[list[torch.Tensor]]) -> SwappableGroup:
     """A group whose peers have logged these results."""
-    log = CollectiveLog(os.dup(world.link.files.logs[0]))
+    log = CollectiveLog(os.dup(files.logs[0]))
     log.allocate(1 << 16)
     log.rotate({})
     for index, tensors in enumerate(record):
@@ -70,15 +78,15 @@ def replayed(world: World, record: list[list[torch.Tensor]]) -> SwappableGroup:
     world.replay = log.results()
     log.close()
     os.close(log.fd)
-    world.log = CollectiveLog(world.link.files.logs[RANK])
+    world.log = CollectiveLog(files.logs[RANK])
     world.log.allocate(1 << 16)
     world.log.rotate({})
     world.mode = Mode.BETWEEN
-    return SwappableGroup(world, RANK, SIZE, "0")
+    return SwappableGroup(world, RANK, range(SIZE), "0")
 
 
-def test_recorded_collectives_are_read_instead_of_run(world: World) -> None:
-    group = replayed(world, [[t(10, 20)], [], [t(7)], [t(1), t(2), t(3)], [t(6, 9, 12)], [t(12)]])
+def test_recorded_collectives_are_read_instead_of_run(world: World, files: NodeFiles) -> None:
+    group = replayed(files, world, [[t(10, 20)], [], [t(7)], [t(1), t(2), t(3)], [t(6, 9, 12)], [t(12)]])
     x = t(1, 2)
     group.allreduce([x]).wait()
     assert x.tolist() == [10, 20]
@@ -100,8 +108,8 @@ def test_recorded_collectives_are_read_instead_of_run(world: World) -> None:
     world.log.close()
 
 
-def test_a_result_that_did_not_fit_the_log_says_what_to_raise(world: World) -> None:
-    group = replayed(world, [])
+def test_a_result_that_did_not_fit_the_log_says_what_to_raise(world: World, files: NodeFiles) -> None:
+    group = replayed(files, world, [])
     world.replay = {("0", 0): None}
     with pytest.raises(RuntimeError, match="raise snapshot.collective_log_mib"):
         group.allreduce([t(1)])
@@ -109,18 +117,18 @@ def test_a_result_that_did_not_fit_the_log_says_what_to_raise(world: World) -> N
     world.log.close()
 
 
-def test_a_result_of_another_size_is_refused(world: World) -> None:
-    group = replayed(world, [[t(1, 2, 3)]])
+def test_a_result_of_another_size_is_refused(world: World, files: NodeFiles) -> None:
+    group = replayed(files, world, [[t(1, 2, 3)]])
     with pytest.raises(RuntimeError, match="12 bytes where 4 are expected: the script is not deterministic"):
         group.allreduce([t(1)])
     assert world.log is not None
     world.log.close()
 
 
-def test_a_failed_collective_between_steps_is_tried_again_after_the_recovery(world: World) -> None:
+def test_a_failed_collective_between_steps_is_tried_again_after_the_recovery(world: World, files: NodeFiles) -> None:
     """Here the recovery brings the peers' result; the input is as the caller gave it when it is tried again."""
-    group, seen = replayed(world, []), []
-    world.link.announced = 1
+    group, seen = replayed(files, world, []), []
+    world.membership.announced = 1
 
     def recover(error: BaseException | None) -> None:
         seen.append(error)

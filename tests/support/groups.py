@@ -7,24 +7,20 @@ from typing import Any
 
 import torch
 
-from lightning_gemini.agent.memory import NodeFiles, create_files
 from lightning_gemini.rendezvous.world import World
 
 SIZE, RANK = 3, 1
 
 
-class LoneLink:
-    """Knows what a `Link` knows, and reaches nobody."""
+class LoneMembership:
+    """Nobody announces anything, unless a test does."""
 
-    def __init__(self, files: NodeFiles) -> None:
-        self.world, self.rank, self.announced, self.files = SIZE, RANK, 0, files
+    announced = 0
 
 
 def lone_world() -> Iterator[World]:
     """The body of a fixture."""
-    files = create_files(SIZE)
-    yield World(LoneLink(files), 5.0)  # type: ignore[arg-type]
-    files.close()
+    yield World(LoneMembership(), 5.0)
 
 
 def t(*values: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:

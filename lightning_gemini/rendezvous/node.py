@@ -1,0 +1,276 @@
+"""A rank among its peers: one listener, connections made when needed, one event loop in a thread of its own.
+
+Seam: `PeerNode(roster, rank, …)`; `open(generation)` begins a generation; `call` runs one request, `all_gather` one exchange, from any
+thread, each with a deadline. `close` joins the thread. Nothing here imports torch.
+
+States of a generation: open -> over. When it is over, what waits in it raises `StaleGeneration`, its connections close, its keys are gone.
+A dialler of an older generation is refused and told which one it is now; one of a newer generation waits until this rank has opened it too.
+
+Failures: own address taken -> the next candidate, then `Unreachable`; taken by a process that claims the same rank -> `DuplicateRank`. A
+peer that does not answer is dialled again until the deadline (ranks may start long after each other), then `Unreachable` names it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from lightning_gemini.rendezvous import bruck, wire
+from lightning_gemini.rendezvous.connection import Listener
+from lightning_gemini.rendezvous.dial import Resolver, bind
+from lightning_gemini.rendezvous.errors import RendezvousError, StaleGeneration
+from lightning_gemini.rendezvous.keys import Keys
+from lightning_gemini.rendezvous.peer import Exchange, Peer
+from lightning_gemini.rendezvous.roster import Roster
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_CLOSE_S = 5.0
+
+
+class Generation:
+    """One generation at one rank: keys, connections, what runs in it."""
+
+    def __init__(self, number: int, node: PeerNode) -> None:
+        self.number = number
+        self._node = node
+        self.keys = Keys(node.rank, node.roster.size, self.ask)
+        self.processes: dict[int, bytes] = {}
+        """Rank -> the process that speaks for it."""
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self._peers: dict[int, Peer] = {}
+
+    async def ask(self, rank: int, message: wire.Question) -> Any:
+        """Have `rank` answer a request."""
+        if rank == self._node.rank:
+            return await self.keys.serve(message, rank)
+        return await self._peer(rank).call(message)
+
+    def _peer(self, rank: int) -> Peer:
+        if rank not in self._peers:
+            self._peers[rank] = Peer(self._node, rank, self.number)
+        return self._peers[rank]
+
+    async def all_gather(self, name: str, rank: int, size: int, value: bytes, home: Callable[[int, str], int]) -> list[bytes]:
+        """Bruck's all-gather among members that know their numbers; `home(member, box)` is the rank where a member's post is put."""
+        blocks, exchange, rounds = [value], Exchange(), bruck.rounds(rank, size)
+        for number, step in enumerate(rounds):  # connect to all at once: each loop then wakes up less often
+            if (where := home(step.to, f"{name}#{number}>{step.to}")) != self._node.rank:
+                self._peer(where).dial()
+        for number, step in enumerate(rounds):
+            self._post(home, step.to, f"{name}#{number}>{step.to}", blocks[: step.count], exchange)
+            blocks += await exchange.wait(self._take(home, rank, f"{name}#{number}>{rank}"))
+        return bruck.in_order(rank, blocks)
+
+    def _post(self, home: Callable[[int, str], int], member: int, box: str, blocks: list[bytes], exchange: Exchange) -> None:
+        where = home(member, box)
+        if where == self._node.rank:
+            self.keys.post(box, blocks)
+        else:
+            self._peer(where).post(wire.Post(box, blocks), exchange)
+
+    def _take(self, home: Callable[[int, str], int], member: int, box: str) -> asyncio.Future[list[bytes]]:
+        where = home(member, box)
+        return self.keys.take(box) if where == self._node.rank else self._peer(where).call(wire.Take(box))
+
+    def over(self) -> None:
+        """End everything."""
+        for task in self.tasks:
+            task.cancel()
+        for peer in self._peers.values():
+            peer.close()
+        self.keys.close()
+
+
+class PeerNode:
+    """See the module's docstring."""
+
+    def __init__(self, roster: Roster, rank: int, *, token: bytes = b"", generation: int = 0, timeout_s: float = 300.0) -> None:
+        if not 0 <= rank < roster.size:
+            raise ValueError(f"rank={rank} is not in the roster of job {roster.job!r}, which has {roster.size} ranks")
+        if not token and not roster.local:
+            raise ValueError(
+                "peers on other hosts need a secret: set LIGHTNING_GEMINI_TOKEN to the same random text in every process of the job, "
+                "or rendezvous.token_file to a file with it that only you can read"
+            )
+        self.roster, self.rank, self.token, self.timeout_s = roster, rank, token, timeout_s
+        self.process = wire.nonce()
+        self.resolver = Resolver()
+        self.address = roster.addresses[rank][0]
+        """Where this rank listens."""
+        self.host = "127.0.0.1"
+        """Its host, in numbers: where this process's backends may listen too."""
+        self.accepted = 0
+        """Connections that peers have made to this rank."""
+        self.requests = 0
+        """Requests of peers that this rank has answered."""
+        self._listeners: set[Listener] = set()
+        self._now = Generation(generation, self)
+        self._news = asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lightning-gemini-peers", daemon=True)
+        self._thread.start()
+        try:
+            self._server = self._submit(self._listen(), timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- any thread
+
+    @property
+    def generation(self) -> int:
+        """The present one."""
+        return self._now.number
+
+    def open(self, generation: int) -> None:
+        """Begin a generation; returns at once, also from a signal handler's or listener's thread."""
+        if generation > self._now.number:
+            self._loop.call_soon_threadsafe(self._open, generation)
+
+    def call(self, generation: int, message: wire.Get | wire.Check | wire.Change, timeout_s: float | None = None) -> Any:
+        """One request about a key. Raises `StaleGeneration`, `PeerLost`, `Unreachable`, `TimeoutError`."""
+
+        def start(now: Generation) -> Coroutine[Any, Any, Any]:
+            if isinstance(message, wire.Get):
+                return now.keys.serve(message, self.rank)  # climbs the tree by itself
+            return now.ask(now.keys.owner(message.key), message)
+
+        return self._run(generation, start, timeout_s)
+
+    def all_gather(
+        self,
+        generation: int,
+        name: str,
+        rank: int,
+        size: int,
+        value: bytes,
+        members: Sequence[int] | None = None,
+        timeout_s: float | None = None,
+    ) -> list[bytes]:
+        """The values of all `size` members of group `name`, by group rank, in ceil(log2 size) rounds.
+
+        Args:
+            generation: in which it takes place.
+            name: the group; used once in a generation.
+            rank: this member's number in the group.
+            size: members of the group.
+            value: what this member gives.
+            members: their global ranks. Where they are not known, mailboxes are spread over all ranks of the job by hashing.
+            timeout_s: limit of the whole exchange.
+        """
+        if members is None and size == self.roster.size:
+            members = range(size)
+
+        def home(member: int, box: str) -> int:
+            return members[member] if members is not None else self._now.keys.owner(box)
+
+        return self._run(generation, lambda now: now.all_gather(name, rank, size, value, home), timeout_s)
+
+    def close(self) -> None:
+        """Stop listening, close every connection, join the thread."""
+        if self._thread.is_alive():
+            with contextlib.suppress(TimeoutError, RendezvousError):
+                self._submit(self._shut(), _CLOSE_S)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_CLOSE_S)
+        if not self._loop.is_running() and not self._loop.is_closed():
+            self._loop.close()
+
+    def _run(self, generation: int, start: Callable[[Generation], Coroutine[Any, Any, T]], timeout_s: float | None) -> T:
+        async def guarded() -> T:
+            now, task = self._now, asyncio.current_task()
+            if generation != now.number:
+                raise StaleGeneration(f"generation {generation} is over, {now.number} has begun")
+            assert task is not None
+            now.tasks.add(task)
+            try:
+                return await start(now)
+            except asyncio.CancelledError:
+                if now is self._now:
+                    raise
+                raise StaleGeneration(f"generation {generation} is over, {self._now.number} has begun") from None
+            finally:
+                now.tasks.discard(task)
+
+        return self._submit(guarded(), self.timeout_s if timeout_s is None else timeout_s)
+
+    def _submit(self, coroutine: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(timeout_s)
+        except BaseException:
+            future.cancel()
+            raise
+
+    # ---- the loop's thread
+
+    def _open(self, generation: int) -> None:
+        if generation > self._now.number:
+            old, self._now = self._now, Generation(generation, self)
+            old.over()
+            for listener in [listener for listener in self._listeners if listener.generation == old.number]:
+                listener.close("the generation is over")
+            self._news.set()
+            self._news = asyncio.Event()
+
+    async def _listen(self) -> socket.socket:
+        server, self.address = await bind(self)
+        self._loop.add_reader(server.fileno(), self._accept, server)
+        if not self.address.is_unix:
+            self.host = await self.resolver.find(self.address.host)
+        return server
+
+    def _accept(self, server: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = server.accept()
+            except OSError:  # nobody (more) is there
+                return
+            listener = Listener(sock, self.token, self._admit, self._serve, self._listeners.discard)
+            self._listeners.add(listener)
+            listener.begin()
+
+    async def _admit(self, hello: wire.Hello) -> wire.Refusal | None:
+        if hello.version != wire.VERSION:
+            text = f"this is version {wire.VERSION} of the protocol, not {hello.version}: use one version of lightning_gemini"
+            return wire.Refusal("wrong", text)
+        if (hello.job, hello.to) != (self.roster.job, self.rank):
+            return wire.Refusal("wrong", f"this is rank {self.rank} of job {self.roster.job!r}")
+        with contextlib.suppress(asyncio.TimeoutError):
+            while hello.generation > self._now.number:
+                await asyncio.wait_for(asyncio.shield(self._news.wait()), self.timeout_s)
+        now = self._now
+        if hello.generation != now.number:
+            log.warning("refused rank %s of generation %s: this is generation %s", hello.rank, hello.generation, now.number)
+            return wire.Refusal("stale", f"generation {hello.generation} is over, {now.number} has begun")
+        if hello.rank == self.rank or now.processes.setdefault(hello.rank, hello.process) != hello.process:
+            text = f"rank {hello.rank} of job {hello.job!r} is another process already: give each process a rank of its own"
+            return wire.Refusal("duplicate", text)
+        self.accepted += 1
+        return None
+
+    def _serve(self, message: wire.Message, asker: int) -> Coroutine[Any, Any, Any] | None:
+        self.requests += 1
+        if isinstance(message, wire.Post):
+            self._now.keys.post(message.box, message.blocks)
+            return None
+        return self._now.keys.serve(message, asker)
+
+    async def _shut(self) -> None:
+        server: socket.socket | None = getattr(self, "_server", None)
+        if server is not None:
+            self._loop.remove_reader(server.fileno())
+            server.close()
+        self._now.over()
+        for listener in list(self._listeners):
+            listener.close("this rank leaves")
+        leftover = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in leftover:
+            task.cancel()
+        await asyncio.gather(*leftover, return_exceptions=True)

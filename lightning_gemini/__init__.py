@@ -1,7 +1,7 @@
 """lightning_gemini: the death of a rank costs seconds and no completed step.
 
-Importing it registers the strategies "gemini" and "gemini_fsdp2" with Lightning. The agent's process imports the package too, and must
-start in milliseconds without torch, so there the public names are loaded only when they are asked for.
+Importing it registers the strategies "gemini" and "gemini_fsdp2" with Lightning, and `gemini://` with torch. The agent's process imports
+the package too, and must start in milliseconds without torch, so there the public names are loaded only when they are asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_gemini.callback import GeminiCallback
-    from lightning_gemini.config import FaultConfig, GeminiConfig, RecoveryConfig, SnapshotConfig, TelemetryConfig
+    from lightning_gemini.config import FaultConfig, GeminiConfig, RecoveryConfig, RendezvousConfig, SnapshotConfig, TelemetryConfig
+    from lightning_gemini.rendezvous.initialize import init_process_group, use_peer_rendezvous
     from lightning_gemini.strategy import GeminiFSDP2Strategy, GeminiStrategy
 
 __version__ = "0.1.0"
@@ -26,6 +27,9 @@ _HOMES = {
     "RecoveryConfig": "config",
     "TelemetryConfig": "config",
     "FaultConfig": "config",
+    "RendezvousConfig": "config",
+    "init_process_group": "rendezvous.initialize",
+    "use_peer_rendezvous": "rendezvous.initialize",
 }
 __all__ = [
     "FaultConfig",
@@ -34,9 +38,12 @@ __all__ = [
     "GeminiFSDP2Strategy",
     "GeminiStrategy",
     "RecoveryConfig",
+    "RendezvousConfig",
     "SnapshotConfig",
     "TelemetryConfig",
     "__version__",
+    "init_process_group",
+    "use_peer_rendezvous",
 ]
 
 
@@ -53,6 +60,8 @@ def _is_agent_or_cli() -> bool:
 
 
 if not _is_agent_or_cli():
+    from lightning_gemini.rendezvous import initialize
     from lightning_gemini.strategy import register
 
     register()
+    initialize.register()

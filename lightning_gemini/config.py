@@ -73,6 +73,32 @@ class RecoveryConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class RendezvousConfig:
+    """How ranks find each other without a TCPStore."""
+
+    hosts: list[str] | None = None
+    """The job's hosts in the order of their ranks, for launchers that do not tell. None: ask Slurm, Kubernetes or torchrun."""
+    port: int | None = None
+    """First of the TCP ports that ranks listen at. None: derived from the job's name; on one node unix sockets, and no port at all."""
+    job: str | None = None
+    """Name of the job, the same in all its processes and in no other job. None: from the launcher."""
+    timeout_s: float = 600.0
+    """How long a rank waits for a peer to appear."""
+    token_file: str | None = None
+    """File with the job's secret, readable by its owner only. None: the environment variable LIGHTNING_GEMINI_TOKEN."""
+    etcd: str | None = None
+    """URL of an etcd (http:// or https://host:port) through which ranks tell each other where they listen. None: they compute it."""
+
+    def __post_init__(self) -> None:
+        _require(self.hosts is None or len(self.hosts) > 0, "rendezvous.hosts", self.hosts, "name the hosts, or leave it out")
+        _require(self.port is None or 0 < self.port < 65536, "rendezvous.port", self.port, "give a port between 1 and 65535")
+        _require(self.timeout_s > 0, "rendezvous.timeout_s", self.timeout_s, "give a positive number of seconds")
+        _require(self.etcd is None or self.etcd.startswith(("http://", "https://")), "rendezvous.etcd", self.etcd,
+                 "give a URL such as http://etcd:2379")  # fmt: skip
+        _require(self.etcd is None or self.hosts is None, "rendezvous.etcd", self.etcd, "leave out rendezvous.hosts: etcd knows them")
+
+
+@dataclass(slots=True, kw_only=True)
 class TelemetryConfig:
     """What the run says about itself."""
 

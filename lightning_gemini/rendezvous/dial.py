@@ -44,6 +44,10 @@ class Resolver:
 
 async def bind(node: PeerNode) -> tuple[socket.socket, Address]:
     """Listen at the first candidate that is free. Raises `DuplicateRank` or `Unreachable`."""
+    if node.listening is not None:
+        node.listening.setblocking(False)
+        node.listening.listen(_BACKLOG)
+        return node.listening, node.roster.addresses[node.rank][0]
     problems = []
     for address in node.roster.addresses[node.rank]:
         try:

@@ -4,8 +4,8 @@ Seam: `serve(message, asker)` answers a request, of this rank or of a peer; `ask
 computed from its name. Writes go to the owner. Reads climb a binomial tree towards it (`bruck.parent`) and leave a copy at each rank
 they pass, so that a key that all N ranks read (NCCL's unique id) costs its owner log2 N requests and not N.
 
-Copies stay true: the owner remembers who has read a key and, before it acknowledges an overwrite, has every copy forgotten. Versions
-decide when a copy and the order to forget it cross on their way. Failures: a rank on the way that died is `PeerLost` at the reader;
+Copies stay true: the owner remembers who has read a key and, before it acknowledges an overwrite, has every copy forgotten, those of
+earlier overwrites included. Versions decide when a copy and the order to forget it cross on their way. Failures: a rank on the way that died is `PeerLost` at the reader;
 everything pending is cancelled when the generation ends.
 """
 
@@ -44,6 +44,8 @@ class Keys:
         """Key -> copies of an older version are not to be kept."""
         self._fetches: dict[str, asyncio.Task[Entry]] = {}
         self._readers: defaultdict[str, set[int]] = defaultdict(set)
+        self._telling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """Key -> its readers are being told that their copies are old."""
         self._boxes: defaultdict[str, deque[list[bytes]]] = defaultdict(deque)
         self._takers: defaultdict[str, deque[asyncio.Future[list[bytes]]]] = defaultdict(deque)
 
@@ -120,8 +122,15 @@ class Keys:
         await self._tell_readers(key, self._writes)
 
     async def _tell_readers(self, key: str, version: int) -> None:
-        readers = self._readers.pop(key, set())
-        await asyncio.gather(*(self._ask(reader, wire.Forget(key, version)) for reader in readers))
+        if key not in self._readers and key not in self._telling:
+            return
+        async with self._telling[key]:  # the copies that an earlier write is having forgotten are too old for this one, too
+            readers = self._readers.pop(key, set())
+            try:
+                await asyncio.gather(*(self._ask(reader, wire.Forget(key, version)) for reader in readers))
+            except BaseException:
+                self._readers[key] |= readers  # who has not answered may have its copy yet: the next write tells it again
+                raise
 
     async def _forget(self, key: str, version: int) -> None:
         self._outdated[key] = version

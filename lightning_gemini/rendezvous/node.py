@@ -17,6 +17,7 @@ import contextlib
 import logging
 import socket
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -90,7 +91,16 @@ class Generation:
 class PeerNode:
     """See the module's docstring."""
 
-    def __init__(self, roster: Roster, rank: int, *, token: bytes = b"", generation: int = 0, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        rank: int,
+        *,
+        token: bytes = b"",
+        generation: int = 0,
+        timeout_s: float = 300.0,
+        listening: socket.socket | None = None,
+    ) -> None:
         if not 0 <= rank < roster.size:
             raise ValueError(f"rank={rank} is not in the roster of job {roster.job!r}, which has {roster.size} ranks")
         if not token and not roster.local:
@@ -99,6 +109,10 @@ class PeerNode:
                 "or rendezvous.token_file to a file with it that only you can read"
             )
         self.roster, self.rank, self.token, self.timeout_s = roster, rank, token, timeout_s
+        self.listening = listening
+        """A socket that is bound to this rank's address already."""
+        self.ahead: dict[int, int] = {}
+        """Peers that wait for this rank to open a newer generation, and which."""
         self.process = wire.nonce()
         self.resolver = Resolver()
         self.address = roster.addresses[rank][0]
@@ -109,6 +123,7 @@ class PeerNode:
         """Connections that peers have made to this rank."""
         self.requests = 0
         """Requests of peers that this rank has answered."""
+        self._kept: defaultdict[int, list[object]] = defaultdict(list)
         self._listeners: set[Listener] = set()
         self._now = Generation(generation, self)
         self._news = asyncio.Event()
@@ -132,6 +147,10 @@ class PeerNode:
         """Begin a generation; returns at once, also from a signal handler's or listener's thread."""
         if generation > self._now.number:
             self._loop.call_soon_threadsafe(self._open, generation)
+
+    def keep(self, generation: int, thing: object) -> None:
+        """Hold a reference until `generation` is over: torch's C++ side calls Python stores without keeping them alive."""
+        self._kept[generation].append(thing)
 
     def call(self, generation: int, message: wire.Get | wire.Check | wire.Change, timeout_s: float | None = None) -> Any:
         """One request about a key. Raises `StaleGeneration`, `PeerLost`, `Unreachable`, `TimeoutError`."""
@@ -216,7 +235,9 @@ class PeerNode:
             old.over()
             for listener in [listener for listener in self._listeners if listener.generation == old.number]:
                 listener.close("the generation is over")
+            self._kept = defaultdict(list, {number: things for number, things in self._kept.items() if number >= generation})
             self._news.set()
+            self.ahead = {rank: number for rank, number in self.ahead.items() if number > generation}
             self._news = asyncio.Event()
 
     async def _listen(self) -> socket.socket:
@@ -244,6 +265,7 @@ class PeerNode:
             return wire.Refusal("wrong", f"this is rank {self.rank} of job {self.roster.job!r}")
         with contextlib.suppress(asyncio.TimeoutError):
             while hello.generation > self._now.number:
+                self.ahead[hello.rank] = hello.generation
                 await asyncio.wait_for(asyncio.shield(self._news.wait()), self.timeout_s)
         now = self._now
         if hello.generation != now.number:

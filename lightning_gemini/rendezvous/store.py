@@ -38,6 +38,7 @@ class PeerStore(Store):
         self._held: dict[str, tuple[int, bytes]] = {}
         """Prefix of a group -> our member's number and value, until the group is exchanged."""
         self._gathered: dict[str, bytes] = {}
+        node.keep(self._generation, self)
 
     def _ask(self, message: wire.Get | wire.Check | wire.Change, timeout: timedelta | None = None) -> Any:
         limit = timeout or self._timeout

@@ -4,9 +4,9 @@ Seam: `serve(message, asker)` answers a request, of this rank or of a peer; `ask
 computed from its name. Writes go to the owner. Reads climb a binomial tree towards it (`bruck.parent`) and leave a copy at each rank
 they pass, so that a key that all N ranks read (NCCL's unique id) costs its owner log2 N requests and not N.
 
-Copies stay true: the owner remembers who has read a key and, before it acknowledges an overwrite, has every copy forgotten, those of
-earlier overwrites included. Versions decide when a copy and the order to forget it cross on their way. Failures: a rank on the way that died is `PeerLost` at the reader;
-everything pending is cancelled when the generation ends.
+Copies stay true: the owner remembers who has read a key and, before it acknowledges an overwrite, has every copy forgotten, also those
+that an earlier overwrite is still having forgotten. Versions decide when a copy and the order to forget it cross on their way. Failures:
+a rank on the way that died is `PeerLost` at the reader; everything pending is cancelled when the generation ends.
 """
 
 from __future__ import annotations

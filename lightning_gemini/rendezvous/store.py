@@ -34,14 +34,14 @@ class PeerStore(Store):
         self._node, self._members = node, members
         self._generation = node.generation if generation is None else generation
         self._prefix = f"{self._generation}/{prefix}"
-        self._timeout = timedelta(seconds=node.timeout_s)
+        self.set_timeout(timedelta(seconds=node.timeout_s))  # kept by the base class: a PrefixStore around this one changes it there
         self._held: dict[str, tuple[int, bytes]] = {}
         """Prefix of a group -> our member's number and value, until the group is exchanged."""
         self._gathered: dict[str, bytes] = {}
         node.keep(self._generation, self)
 
     def _ask(self, message: wire.Get | wire.Check | wire.Change, timeout: timedelta | None = None) -> Any:
-        limit = timeout or self._timeout
+        limit = timeout or self.timeout
         try:
             return self._node.call(self._generation, message, limit.total_seconds())
         except TimeoutError:
@@ -123,11 +123,11 @@ class PeerStore(Store):
         number, value = self._held.pop(group)
         try:
             values = self._node.all_gather(
-                self._generation, self._prefix + group, number, len(keys), value, self._members, self._timeout.total_seconds()
+                self._generation, self._prefix + group, number, len(keys), value, self._members, self.timeout.total_seconds()
             )
         except TimeoutError:
             raise DistStoreError(
-                f"rank {self._node.rank} waited {self._timeout.total_seconds():g} s for the {len(keys)} members of group {group!r}"
+                f"rank {self._node.rank} waited {self.timeout.total_seconds():g} s for the {len(keys)} members of group {group!r}"
             ) from None
         self._gathered.update(zip(keys, values, strict=True))
         return values
@@ -141,17 +141,15 @@ class PeerStore(Store):
 
     @property
     def timeout(self) -> timedelta:
-        """Limit of an operation that has none of its own."""
-        return self._timeout
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        """Change it."""
-        self._timeout = timeout
+        """Limit of an operation that has none of its own; `set_timeout`, of this store or of one around it, changes it."""
+        limit: timedelta = super().timeout  # type: ignore[misc]
+        return limit
 
     def clone(self) -> PeerStore:
         """Another handle; it shares the connections, which may be used from any thread."""
         other = PeerStore(self._node, generation=self._generation, members=self._members)
-        other._prefix, other._timeout = self._prefix, self._timeout
+        other._prefix = self._prefix
+        other.set_timeout(self.timeout)
         return other
 
     def num_keys(self) -> int:

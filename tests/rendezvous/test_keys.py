@@ -1,4 +1,4 @@
-"""Keys spread over nine ranks: they are found, they are counted right, and no rank reads an old value once a write has been acknowledged."""
+"""Keys spread over nine ranks: they are found, they are counted right, and a key that all read costs its owner little."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ Pure functions. Failure: a list that cannot be read raises `ValueError` with the
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import re
 
@@ -14,7 +15,10 @@ _MOST_HOSTS = 100_000
 
 def expand(text: str) -> list[str]:
     """`"node[01-03,07],gpu-a"` -> `["node01", "node02", "node03", "node07", "gpu-a"]`, as `scontrol show hostnames` does."""
-    hosts = [host for part in _split(text) for host in _expand_one(part.strip())]
+    try:
+        hosts = [host for part in _split(text) for host in _expand_one(part.strip())]
+    except ValueError as error:
+        raise ValueError(f"the host list {text!r} cannot be read, {error}: {_REMEDY}") from None
     if not hosts or not all(hosts) or len(hosts) > _MOST_HOSTS:
         raise ValueError(f"the host list {text!r} cannot be read: {_REMEDY}")
     return hosts
@@ -32,7 +36,7 @@ def _split(text: str) -> list[str]:
         else:
             parts[-1] += letter
     if depth:
-        raise ValueError(f"the host list {text!r} cannot be read, its brackets do not match: {_REMEDY}")
+        raise ValueError("its brackets do not match")
     return parts
 
 
@@ -48,7 +52,7 @@ def _numbers(ranges: str) -> list[str]:
     for part in ranges.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if not match or int(match[2] or match[1]) < int(match[1]) or int(match[2] or 0) - int(match[1]) > _MOST_HOSTS:
-            raise ValueError(f"the range {part!r} of a host list cannot be read: {_REMEDY}")
+            raise ValueError(f"{part!r} is no range")
         numbers += [str(number).zfill(len(match[1])) for number in range(int(match[1]), int(match[2] or match[1]) + 1)]
     return numbers
 
@@ -65,10 +69,22 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def split_hosts(text: str) -> tuple[list[str], int | None]:
-    """`"a,b:29500"` -> `(["a", "b"], 29500)`; an IPv6 address stands in brackets."""
-    match = re.fullmatch(r"(.*?)(?::(\d+))?", text.strip()) if text.count(":") < 2 or "]" in text else re.fullmatch("(.*)()", text)
-    assert match is not None
-    return [host.strip() for host in match[1].split(",") if host.strip()], int(match[2]) if match[2] else None
+    """`"a,b:29500"` -> `(["a", "b"], 29500)`; with a port, an IPv6 address stands in brackets. Raises `ValueError`."""
+    text = text.strip()
+    match = re.fullmatch(r"(.*?)(?::(\d+))?", text) if text.count(":") < 2 or "]" in text else None
+    hosts, port = (match[1], match[2]) if match else (text, None)
+    names = [host.strip() for host in hosts.split(",") if host.strip()]
+    for name in names:
+        if ":" in name and not _is_ipv6(name.removeprefix("[").removesuffix("]")):
+            raise ValueError(f"{name!r} in {text!r} is no host: name hosts alone, and one port for all of them at the end, as in a,b:29500")
+    return names, int(port) if port else None
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
 
 
 def pods(name: str, index: int, count: int) -> list[str]:

@@ -61,19 +61,21 @@ def place(config: RendezvousConfig, environ: Mapping[str, str], rank: int = -1, 
     if not 0 <= rank < world:
         raise ValueError(f"rank={rank} is not in a world of {world}: give ranks 0 to {world - 1}, one for each process")
     hosts = _hosts(config, environ, world, names)
-    restarts = next((environ[key] for key in _RESTARTS if environ.get(key)), "0")
-    if not hosts and not config.etcd:  # torchrun's agents on several hosts may count differently
-        restarts = environ.get("TORCHELASTIC_RESTART_COUNT") or restarts
-    return Place(_job(config, environ), rank, world, hosts, int(restarts))
+    # torchrun's agents on several hosts may count differently
+    counts = _RESTARTS if len(hosts) > 1 or config.etcd else ("TORCHELASTIC_RESTART_COUNT", *_RESTARTS)
+    restarts = _number(environ, counts, "count of restarts", "0")
+    return Place(_job(config, environ), rank, world, hosts, restarts)
 
 
-def _number(environ: Mapping[str, str], keys: tuple[str, ...], what: str) -> int:
+def _number(environ: Mapping[str, str], keys: tuple[str, ...], what: str, otherwise: str = "") -> int:
     for key in keys:
         if environ.get(key):
             try:
                 return int(environ[key])
             except ValueError:
                 raise ValueError(f"{key}={environ[key]!r} is no number: this process cannot tell its {what}") from None
+    if otherwise:
+        return int(otherwise)
     raise ValueError(f"no launcher has told this process its {what} ({', '.join(keys)}): start it with torchrun or srun, or pass {what}=…")
 
 
@@ -92,7 +94,7 @@ def _job(config: RendezvousConfig, environ: Mapping[str, str]) -> str:
 def _hosts(config: RendezvousConfig, environ: Mapping[str, str], world: int, names: str) -> tuple[str, ...]:
     hosts = config.hosts or [host for host in environ.get("LIGHTNING_GEMINI_HOSTS", "").split(",") if host]
     if hosts:
-        return tuple(hosts) if len(hosts) > 1 or not is_loopback(hosts[0]) else ()
+        return tuple(hosts) if len(hosts) > 1 or config.port is not None or not is_loopback(hosts[0]) else ()
     if _all_here(environ, world) or config.etcd:
         return ()
     if environ.get("SLURM_PROCID"):
@@ -123,7 +125,7 @@ def _slurm_hosts(environ: Mapping[str, str]) -> tuple[str, ...]:
     if len(set(counts)) > 1:
         raise ValueError(f"Slurm started {counts} tasks on the nodes {nodes}: use --ntasks-per-node, so that each has as many")
     distribution = environ.get("SLURM_DISTRIBUTION", "block").partition(":")[0].partition(",")[0]
-    if distribution not in ("block", "unknown"):
+    if counts[0] > 1 and distribution not in ("block", "unknown"):  # with one task a node all orders are one, and srun says "cyclic"
         raise ValueError(f"SLURM_DISTRIBUTION={distribution!r} places ranks in another order: use srun --distribution=block")
     return tuple(hosts)
 

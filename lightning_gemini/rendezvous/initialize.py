@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -94,8 +95,8 @@ def _handler(url: str, timeout: Any = None, **_: Any) -> Iterator[tuple[Store, i
     query = {key: values[0] for key, values in parse_qs(parts.query).items()}
     hosts, port = split_hosts(parts.netloc)
     given: dict[str, Any] = {"hosts": hosts or None, "port": port}
-    given = {key: value for key, value in given.items() if value is not None}
-    config = parse(RendezvousConfig, given, "rendezvous") if given else _Process.config
+    options = dataclasses.asdict(_Process.config) | {key: value for key, value in given.items() if value is not None}
+    config = parse(RendezvousConfig, options, "rendezvous")
     yield meet(config, int(query.get("rank", -1)), int(query.get("world_size", -1)))
 
 
@@ -111,7 +112,8 @@ def use_peer_rendezvous(**options: Any) -> None:
 
     @functools.wraps(original)
     def init_process_group(backend: str | None = None, init_method: str | None = None, *args: Any, **kwargs: Any) -> None:
-        if init_method in (None, "env://") and kwargs.get("store") is None:
+        store = args[3] if len(args) > 3 else kwargs.get("store")
+        if init_method in (None, "env://") and store is None:
             init_method = "gemini://"
         original(backend, init_method, *args, **kwargs)
 

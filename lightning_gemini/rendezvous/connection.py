@@ -67,7 +67,7 @@ class Dialler(Framed):
     def frame(self, body: bytes) -> None:
         """A reply, or the handshake."""
         if self._welcome:
-            return self._owner.answered(wire.reply.decode(body))
+            return self._take(wire.reply.decode(body))
         match wire.from_listener.decode(body):
             case wire.Challenge(nonce):
                 if self._greeted:
@@ -83,6 +83,12 @@ class Dialler(Framed):
                 self._welcome = True
                 self.proved()
                 self._owner.welcomed()
+
+    def _take(self, reply: wire.Reply) -> None:
+        if reply.id == wire.GOOD_BYE:
+            self._error = StaleGeneration(reply.error)
+            return self.close(reply.error)
+        self._owner.answered(reply)
 
     def fail(self, why: str) -> None:
         """It is no peer of ours."""
@@ -168,6 +174,12 @@ class Listener(Framed):
         except Exception as error:  # whatever it is, the asker must not wait for ever
             reply = wire.Reply(number, None, f"{type(error).__name__}: {error}")
         self.send(reply)
+
+    def dismiss(self, why: str) -> None:
+        """End it because the generation is over: whoever waits for an answer learns that, and not just that it will have none."""
+        if self._hello is not None and self._early is None:
+            self.send(wire.Reply(wire.GOOD_BYE, None, why))
+        self.close(why)
 
     def fail(self, why: str) -> None:
         """End it, with one line in the log."""

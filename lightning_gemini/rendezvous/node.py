@@ -234,7 +234,7 @@ class PeerNode:
             old, self._now = self._now, Generation(generation, self)
             old.over()
             for listener in [listener for listener in self._listeners if listener.generation == old.number]:
-                listener.close("the generation is over")
+                listener.dismiss(f"generation {old.number} is over, {generation} has begun")
             self._kept = defaultdict(list, {number: things for number, things in self._kept.items() if number >= generation})
             self._news.set()
             self.ahead = {rank: number for rank, number in self.ahead.items() if number > generation}
@@ -268,7 +268,10 @@ class PeerNode:
                 self.ahead[hello.rank] = hello.generation
                 await asyncio.wait_for(asyncio.shield(self._news.wait()), self.timeout_s)
         now = self._now
-        if hello.generation != now.number:
+        if hello.generation > now.number:
+            text = f"rank {self.rank} has stayed in generation {now.number} for {self.timeout_s:g} s; {hello.generation} is wanted"
+            return wire.Refusal("wrong", text)
+        if hello.generation < now.number:
             log.warning("refused rank %s of generation %s: this is generation %s", hello.rank, hello.generation, now.number)
             return wire.Refusal("stale", f"generation {hello.generation} is over, {now.number} has begun")
         if hello.rank == self.rank or now.processes.setdefault(hello.rank, hello.process) != hello.process:

@@ -5,7 +5,7 @@ Hello of each attempt until one is welcome. States: idle -> dialling -> connecte
 
 Failure: nobody there -> dialled again until the node's timeout, because ranks may start long after each other, then `Unreachable` names
 the rank, the addresses and the last problem. Refused as stale or duplicate -> that error at once. Broken after it was welcome ->
-`PeerLost`. Errors reach the caller of `call`, and the `Exchange` of a post.
+`PeerLost`, or `StaleGeneration` if the peer said so. Errors reach the caller of `call`, and the `Exchange` of a post.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from lightning_gemini.rendezvous.roster import Address
 if TYPE_CHECKING:
     from lightning_gemini.rendezvous.node import PeerNode
 
+_RELAYED = {kind.__name__: kind for kind in (StaleGeneration, PeerLost, Unreachable)}
+"""What a rank on the way to a key's owner may have met instead."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.5
 
 
@@ -126,7 +128,8 @@ class Peer:
         if future is None or future.done():
             return
         if reply.error:
-            future.set_exception(RendezvousError(reply.error))
+            kind, _, text = reply.error.partition(": ")
+            future.set_exception(_RELAYED[kind](text) if kind in _RELAYED else RendezvousError(reply.error))
         else:
             future.set_result(reply.value)
 
@@ -136,7 +139,7 @@ class Peer:
         if self._outcome is not None and not self._outcome.done():
             self._outcome.set_exception(error)
         else:
-            self._give_up(PeerLost(f"rank {self._rank} was lost: {error}"))
+            self._give_up(error if isinstance(error, StaleGeneration) else PeerLost(f"rank {self._rank} was lost: {error}"))
 
     def _give_up(self, error: RendezvousError) -> None:
         self._kept, self._dialling = b"", None

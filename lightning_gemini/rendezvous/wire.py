@@ -22,6 +22,8 @@ MAX_STRANGER_BYTES = 4096
 """Largest frame of a connection that has not proved itself."""
 MAX_BYTES = 256 << 20
 """Largest frame of a peer: an all-gather's last round carries half of all blocks."""
+GOOD_BYE = 0
+"""Number of the reply that answers no request: the generation is over, and the connection with it."""
 
 
 class Challenge(msgspec.Struct, tag="challenge"):
@@ -138,7 +140,6 @@ class Request(msgspec.Struct, array_like=True):
 
     id: int
     message: Message
-
 
 
 class Reply(msgspec.Struct, array_like=True):

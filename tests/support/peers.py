@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,14 @@ def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
     """Results of calls that need each other, each in a thread of its own; every call has a deadline of its own."""
     with ThreadPoolExecutor(len(calls)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def until(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
+    """Wait for something that gives no sign."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.002)
 
 
 def gather(nodes: Sequence[PeerNode], name: str = "all", generation: int = 0) -> list[list[bytes]]:

@@ -14,10 +14,13 @@ from lightning_gemini.rendezvous.initialize import use_peer_rendezvous
 
 
 class PeerRendezvous(Callback):
-    """See the module's docstring. Raises `ValueError` for an option that is wrong, before the job starts."""
+    """See the module's docstring. An option that is wrong ends the process: Hydra turns an exception of a callback into a warning."""
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Options are those under `rendezvous`."""
         options = OmegaConf.to_container(config.rendezvous, resolve=True)
         assert isinstance(options, dict)
-        use_peer_rendezvous(**{str(key): value for key, value in options.items()})
+        try:
+            use_peer_rendezvous(**{str(key): value for key, value in options.items()})
+        except ValueError as error:
+            raise SystemExit(f"lightning_gemini: {error}") from None

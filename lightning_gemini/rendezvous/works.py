@@ -3,7 +3,7 @@
 Gloo sometimes (about once in fifty recoveries here) loses the wake-up of an operation that was posted while its sockets were being shut:
 the operation's thread then sleeps until its timeout. So nobody waits for gloo itself, but for a future of our own, which the
 listening thread completes when an operation has not ended some time after its sockets were shut (`Outstanding.let_go`). The backend
-concerned is kept for ever, because destroying it would join the sleeping thread.
+concerned is kept until its operation has timed out (a recovery after that drops it), because destroying it joins the sleeping thread.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class AbsorbingWork(dist.Work):
         self._work, self._note, self._value, self._outstanding = work, note, value, outstanding
         self._lock = threading.Lock()
         self._ended = self._let_go = False
+        self.awake = False
+        """The backend is done with it, well or not."""
         self._future: torch.futures.Future[Any] = torch.futures.Future()
         try:
             future = work.get_future()
@@ -65,6 +67,7 @@ class AbsorbingWork(dist.Work):
         future.add_done_callback(self._finish)
 
     def _finish(self, inner: torch.futures.Future[Any]) -> None:
+        self.awake = True
         try:
             inner.value()
         except Exception as error:
@@ -113,7 +116,13 @@ class Outstanding:
 
     def __init__(self) -> None:
         self._works: set[AbsorbingWork] = set()
+        self._asleep: list[AbsorbingWork] = []
         self._lock = threading.Lock()
+
+    @property
+    def asleep(self) -> int:
+        """Operations that were let go and have not timed out since; each keeps its backend's threads and sockets."""
+        return sum(not work.awake for work in self._asleep)
 
     def add(self, work: AbsorbingWork) -> None:
         """It has begun."""
@@ -127,18 +136,21 @@ class Outstanding:
 
     def let_go(self) -> int:
         """After sockets were shut: wait for all to end, then end those that sleep. Returns how many that were."""
+        self._drop_awake()
         deadline = time.monotonic() + _GRACE_S
         while self._works and time.monotonic() < deadline:
             time.sleep(0.001)
         with self._lock:
             asleep = list(self._works)
-        count = 0
         for work in asleep:
-            keep_for_ever(work.backend)
-            count += work.let_go()
-        return count
+            # An immortal reference: when the interpreter ends, a list's references are dropped, and the destructor would join the sleeper.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(work.backend))
+            self._asleep.append(work)
+        return sum(work.let_go() for work in asleep)
 
-
-def keep_for_ever(value: object) -> None:
-    """Never destroy an object, not even when the interpreter ends."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    def _drop_awake(self) -> None:
+        """Not in gloo's own thread, which a backend's destructor joins."""
+        awake = [work for work in self._asleep if work.awake]
+        self._asleep = [work for work in self._asleep if not work.awake]
+        for work in awake:
+            ctypes.pythonapi.Py_DecRef(ctypes.py_object(work.backend))

@@ -94,6 +94,8 @@ def create(parameters: RendezvousParameters) -> PeerRendezvous:
             "name every host of the job once, in the order of their ranks, as in --nnodes 2 --rdzv-endpoint node0,node1"
         )
     rank = int(parameters.get("rank", -1))
+    if rank >= len(names):
+        raise ValueError(f"--rdzv-conf rank={rank} is not a place among the hosts {names}: give 0 to {len(names) - 1}, or leave it out")
     rank = rank if rank >= 0 else _own_place(names)
     _tell_workers(names, parameters.run_id)
     roster = Roster.on_hosts(f"torchrun {parameters.run_id}", names, 1, port)

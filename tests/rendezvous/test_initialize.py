@@ -189,7 +189,7 @@ def test_a_rank_that_exists_twice_is_refused() -> None:
 def test_without_a_token_nothing_listens_beyond_loopback() -> None:
     def body(_: int) -> str:
         with pytest.raises(ValueError, match="peers on other hosts need a secret: set LIGHTNING_GEMINI_TOKEN"):
-            lightning_gemini.init_process_group("gloo", hosts=["192.0.2.1", "192.0.2.2"])
+            lightning_gemini.init_process_group("gloo", hosts=["198.51.100.1", "198.51.100.2"])
         assert initialize._Process.node is None
         return str(tcp_sockets())
 

@@ -49,7 +49,7 @@ def measure(quick: bool) -> Report:
     window = min(5, cycles // 2)  # what the last generation had may be closing still when a rank looks: the least of several looks
     first, last = ([min(column) for column in zip(*looks, strict=True)] for looks in (witness[:window], witness[-window:]))
     report.table("The rank that was never touched",
-                 ["", "descriptors", "threads", "listening sockets", "RSS (MiB)"],
+                 ["", "descriptors", "threads", "listening sockets", "RSS (MiB)", "asleep in gloo"],
                  [["in the first cycles", *map(str, first)], ["in the last", *map(str, last)]])  # fmt: skip
     for name, before, after in zip(("descriptors", "threads", "listening sockets"), first, last, strict=False):
         report.check(Check(f"more {name} after {cycles} cycles", after - before, 3))
@@ -57,9 +57,9 @@ def measure(quick: bool) -> Report:
     return report
 
 
-def _look(job: Job) -> tuple[int, int, int, int]:
+def _look(job: Job) -> tuple[int, int, int, int, int]:
     told = job.last[WITNESS]
-    return told.descriptors, told.threads, told.listeners, told.rss >> 20
+    return told.descriptors, told.threads, told.listeners, told.rss >> 20, told.asleep
 
 
 def _restart() -> float:

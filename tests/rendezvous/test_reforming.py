@@ -32,7 +32,8 @@ def test_all_groups_are_formed_anew_under_the_same_objects(job: Job, stopped: bo
 def test_again_and_again_leaves_nothing_behind(job: Job) -> None:
     def look() -> tuple[int, int, int]:
         told = job.last[2]
-        return told.descriptors, told.threads, told.rss >> 20
+        # An operation that sleeps in gloo keeps its backend until it times out (see `rendezvous.works`): that is known, and counted.
+        return told.descriptors - 5 * told.asleep, told.threads - 3 * told.asleep, told.rss >> 20
 
     seen = []
     for number in range(12):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import socket
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ class Resolver:
 
     async def find(self, host: str) -> str:
         """A host's address in numbers. Raises `OSError`."""
+        if _in_numbers(host):
+            return host  # a look-up would start a thread
         if host not in self._found:
             lookup = asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
             try:
@@ -40,6 +43,14 @@ class Resolver:
                 raise OSError(f"looking up {host!r} took more than {_LOOKUP_S:g} s") from None
             self._found[host] = str(answers[0][4][0])
         return self._found[host]
+
+
+def _in_numbers(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 async def bind(node: PeerNode) -> tuple[socket.socket, Address]:

@@ -65,6 +65,7 @@ class Framed:
                 self._writing = True
                 self._loop.add_writer(self._fd, self._write)
         except OSError as error:
+            self.read()  # what the peer said before it closed tells why
             self.close(error.strerror or str(error))
         else:
             self._stop_writing()

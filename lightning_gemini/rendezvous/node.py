@@ -13,6 +13,7 @@ peer that does not answer is dialled again until the deadline (ranks may start l
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import socket
@@ -223,6 +224,9 @@ class PeerNode:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(timeout_s)
+        except concurrent.futures.TimeoutError:  # before Python 3.11 not the built-in one
+            future.cancel()
+            raise TimeoutError(f"rank {self.rank} waited {timeout_s:g} s") from None
         except BaseException:
             future.cancel()
             raise
@@ -299,3 +303,4 @@ class PeerNode:
         for task in leftover:
             task.cancel()
         await asyncio.gather(*leftover, return_exceptions=True)
+        await self._loop.shutdown_default_executor()  # the thread that looks up names

@@ -11,7 +11,6 @@ the rank, the addresses and the last problem. Refused as stale or duplicate -> t
 from __future__ import annotations
 
 import asyncio
-import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +63,8 @@ class Peer:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._posts: weakref.WeakSet[Exchange] = weakref.WeakSet()
         self._requests = 0
+        self._problem = ""
+        """The last thing that went wrong on the way."""
 
     def dial(self) -> None:
         """Connect, if there is no connection yet."""
@@ -91,19 +92,28 @@ class Peer:
         self.dial()
 
     async def _dial(self) -> None:
-        deadline = time.monotonic() + self._node.timeout_s
-        pause, problem = _FIRST_PAUSE_S, ""
+        limit_s = self._node.timeout_s
+        try:
+            await asyncio.wait_for(self._search(), max(0.9 * limit_s, limit_s - 1.0))  # earlier than the caller, who could not say why
+        except asyncio.TimeoutError:
+            self._give_up(Unreachable(self._complaint()))
+            if self._dialler is not None:
+                self._dialler.close("did not answer in time")
+        except (StaleGeneration, DuplicateRank) as error:
+            self._give_up(error)
+
+    async def _search(self) -> None:
+        pause, self._problem = _FIRST_PAUSE_S, ""
         while True:
             for address in self._node.roster.addresses[self._rank]:
+                self._problem = self._problem or f"{address}: no answer"
                 try:
                     return await self._attempt(address)
-                except (StaleGeneration, DuplicateRank) as error:
-                    return self._give_up(error)
+                except (StaleGeneration, DuplicateRank):
+                    raise
                 except (OSError, RendezvousError, asyncio.TimeoutError) as error:
-                    if not problem or not isinstance(error, ConnectionRefusedError):
-                        problem = f"{address}: {error or type(error).__name__}"
-            if time.monotonic() + pause > deadline:
-                return self._give_up(Unreachable(self._complaint(problem)))
+                    if not isinstance(error, ConnectionRefusedError) or self._problem.endswith("no answer"):
+                        self._problem = f"{address}: {error or type(error).__name__}"
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -113,6 +123,9 @@ class Peer:
             self._dialler = await connect(self._node, self._rank, self._generation, address, self)
             self._dialler.say(self._kept)
             await self._outcome
+        except (OSError, RendezvousError):
+            self._dialler = None  # it may have ended before it was known here
+            raise
         finally:
             self._outcome = None
 
@@ -158,10 +171,10 @@ class Peer:
         if self._dialler is not None:
             self._dialler.close("the generation is over")
 
-    def _complaint(self, problem: str) -> str:
+    def _complaint(self) -> str:
         node = self._node
         places = ", ".join(map(str, node.roster.addresses[self._rank]))
         return (
             f"rank {node.rank} could not reach rank {self._rank} of job {node.roster.job!r} within {node.timeout_s:g} s (tried {places}; "
-            f"last problem: {problem}). Is that process running, and is its host's name right?"
+            f"last problem: {self._problem}). Is that process running, and is its host's name right?"
         )

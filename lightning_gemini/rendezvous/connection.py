@@ -166,7 +166,8 @@ class Listener(Framed):
         self.send(wire.Welcome(wire.welcome_mac(self._token, hello, self._challenge)))
         early, self._early = self._early, None
         for body in early or ():
-            self._request(hello.rank, body)
+            if not self.closed:
+                self.understand(body)
 
     async def _answer(self, number: int, answer: Awaitable[Any]) -> None:
         try:

@@ -99,10 +99,14 @@ class Framed:
                 return
             body = bytes(self._received[4:end])
             del self._received[:end]
-            try:
-                self.frame(body)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                return self.fail(f"sent what is no message of ours ({error})")
+            self.understand(body)
+
+    def understand(self, body: bytes) -> None:
+        """One frame; what cannot be understood ends the connection."""
+        try:
+            self.frame(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            self.fail(f"sent what is no message of ours ({error})")
 
     def frame(self, body: bytes) -> None:
         """One frame."""

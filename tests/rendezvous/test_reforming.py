@@ -26,7 +26,7 @@ def test_all_groups_are_formed_anew_under_the_same_objects(job: Job, stopped: bo
         told = job.good()  # the ranks check the sums of all three groups themselves
         assert {each.rank for each in told if each.pid != before[each.rank]} == {rank}, "only the dead one is another process"
         assert max(each.at_ns for each in told) - decided < 1e9, "a survivor was not freed at once"
-        assert all(each.listeners <= 3 for each in told), "listeners of old generations are left"
+        assert all(each.listeners <= 3 + each.asleep for each in told), "listeners of old generations are left"
 
 
 def test_again_and_again_leaves_nothing_behind(job: Job) -> None:

@@ -1,0 +1,99 @@
+"""`+rendezvous=peer` on the command line of a script that knows nothing of us: no TCPStore, the same bits; wrong options end it at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import lightning_gemini.config
+from lightning_gemini.config import RendezvousConfig
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "tests" / "support" / "scripts" / "plain_hydra.py")
+
+
+def command(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """The user's script, to its end."""
+    line = [sys.executable, SCRIPT, f"directory={directory}", f"hydra.run.dir={directory}/hydra", *overrides]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, capture_output=True, text=True, timeout=100, check=False, cwd=directory, env=env)
+
+
+def trained(directory: Path, *overrides: str) -> list[dict[str, Any]]:
+    """What both ranks saw."""
+    done = command(directory, *overrides)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The script as it is, with Lightning's DDP."""
+    return trained(tmp_path_factory.mktemp("plain"))
+
+
+def test_an_unchanged_script_trains_the_same_without_a_tcpstore(tmp_path: Path, plain: list[dict[str, Any]]) -> None:
+    peer = trained(tmp_path, "+rendezvous=peer")
+    assert [record["tcpstore"] for record in plain] == [True, True], "the look at the sockets must see a TCPStore"
+    assert [record["tcpstore"] for record in peer] == [False, False]
+    assert [record["losses"] for record in peer] == [record["losses"] for record in plain]
+    assert [record["parameters"] for record in peer] == [record["parameters"] for record in plain]
+    assert all(len(record["losses"]) == 4 for record in peer) and peer[0]["losses"] != peer[1]["losses"]
+
+
+def test_fsdp2_too(tmp_path: Path, plain: list[dict[str, Any]]) -> None:
+    """Between two ranks a sum has one order, so that the losses of DDP are those of FSDP2 to the bit."""
+    peer = trained(tmp_path, "+rendezvous=peer", "parallel=fsdp2")
+    assert [record["tcpstore"] for record in peer] == [False, False]
+    assert [record["losses"] for record in peer] == [record["losses"] for record in plain]
+    assert peer[0]["parameters"] != peer[1]["parameters"], "each rank has a shard of its own"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rendezvous.port=hello", "rendezvous.port='hello' is not valid: Expected `int | null`, got `str`"),
+        ("+rendezvous.hostz=1", "unknown key 'rendezvous.hostz': did you mean 'hosts'? Known keys are hosts, port, job"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_no_training(tmp_path: Path, override: str, message: str) -> None:
+    done = command(tmp_path, "+rendezvous=peer", override)
+    assert done.returncode != 0
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"lightning_gemini: {message}")
+    assert not list(tmp_path.glob("rank*.json"))
+
+
+# ---- the file of the pack
+
+TEXT = (ROOT / "configs" / "rendezvous" / "peer.yaml").read_text()
+
+
+def test_yaml_equals_the_dataclass() -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "tests" / "support" / "scripts" / "conf")):
+        config = OmegaConf.to_container(compose("plain", overrides=["+rendezvous=peer"]).rendezvous)
+    GlobalHydra.instance().clear()
+    defaults = dataclasses.asdict(RendezvousConfig())
+    assert config == defaults
+    assert isinstance(config, dict) and [type(config[key]) for key in defaults] == [type(value) for value in defaults.values()]
+
+
+def test_yaml_says_of_each_key_what_the_dataclass_says() -> None:
+    """The docstring under a field and the comment over a key are one text, but for how "nothing" is written."""
+    source = inspect.getsource(lightning_gemini.config.RendezvousConfig)
+    documented = dict(re.findall(r'^    (\w+): .*\n    """(.*)"""$', source, re.MULTILINE))
+    assert list(documented) == list(dataclasses.asdict(RendezvousConfig()))
+    commented = {key: text for text, key in re.findall(r"^  # (.*)\n  (\w+): ", TEXT, re.MULTILINE)}
+    assert commented == {key: text.replace("None:", "null:") for key, text in documented.items()}

@@ -57,7 +57,7 @@ class _Control:
     """A rank's end: a thread that listens to the parent, as `Link` listens to the agent."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock, self.announced, self.rank = sock, -1, -1
+        self.sock, self.announced, self.freed, self.rank = sock, -1, -1, -1
         self.on_news: Callable[[], Any] = lambda: None
         self._news = threading.Condition()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -65,15 +65,16 @@ class _Control:
     def _listen(self) -> None:
         while data := self.sock.recv(64):
             generation, rank = map(int, data.split())
+            self.announced, self.rank = generation, rank
+            self.on_news()  # before anybody forms groups of the new generation
             with self._news:
-                self.announced, self.rank = generation, rank
+                self.freed = generation
                 self._news.notify_all()
-            self.on_news()
         os._exit(0)  # the parent is gone, or wants us to go
 
     def wait_beyond(self, generation: int) -> None:
         with self._news:
-            if not self._news.wait_for(lambda: self.announced > generation, _PATIENCE_S):
+            if not self._news.wait_for(lambda: self.freed > generation and self.freed == self.announced, _PATIENCE_S):
                 raise TimeoutError(f"nobody announced a generation after {generation}")
 
     def tell(self, generation: int, asleep: int = 0) -> None:
@@ -101,7 +102,8 @@ def _be_a_rank(sock: socket.socket, job: str, size: int) -> None:
     reported = -1
     while True:
         if world.stale:
-            world.enter(control.announced)
+            control.wait_beyond(world.generation)
+            world.enter(control.freed)
         world.mode, world.error = Mode.STEP, None
         sums = _round(control.rank, others, mesh)
         if world.error is not None:

@@ -133,7 +133,8 @@ class World:
         return group
 
     def free(self) -> None:
-        """Get this process's threads out of collectives of the old generation; called in the listening thread."""
+        """Get this process's threads out of collectives of the old generation. Called in the thread that learns of the new one, and over
+        before anybody here forms a group of it: what is formed by then belongs to the old."""
         if self._peers is not None:
             self._peers.open(self.membership.announced)
         self._endpoints.free()

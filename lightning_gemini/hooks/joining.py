@@ -7,6 +7,7 @@ could depend on its rank. What fails here fails before the first step, with one 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import traceback
@@ -109,6 +110,7 @@ class Joining(Stepping):
         """Listen for the other ranks; they know where, because everybody knows the job's name."""
         if not self.world.joined:
             assert self.link.rank is not None
+            atexit.register(self.world.leave)
             self.world.join(Roster.on_one_node(os.environ["LIGHTNING_GEMINI_JOB"], self.link.world), self.link.rank)
 
     def _continue_loggers(self) -> None:

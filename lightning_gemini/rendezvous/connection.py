@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import msgspec
 
 from lightning_gemini.rendezvous import wire
-from lightning_gemini.rendezvous.errors import DuplicateRank, PeerLost, RendezvousError, StaleGeneration, WrongPeer
+from lightning_gemini.rendezvous.errors import DuplicateRank, PeerLeft, PeerLost, RendezvousError, StaleGeneration, WrongPeer
 from lightning_gemini.rendezvous.framing import Framed
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Dialler(Framed):
 
     def _take(self, reply: wire.Reply) -> None:
         if reply.id == wire.GOOD_BYE:
-            self._error = StaleGeneration(reply.error)
+            self._error = PeerLeft(reply.error) if reply.value else StaleGeneration(reply.error)
             return self.close(reply.error)
         self._owner.answered(reply)
 
@@ -176,10 +176,10 @@ class Listener(Framed):
             reply = wire.Reply(number, None, f"{type(error).__name__}: {error}")
         self.send(reply)
 
-    def dismiss(self, why: str) -> None:
-        """End it because the generation is over: whoever waits for an answer learns that, and not just that it will have none."""
+    def dismiss(self, why: str, *, leaving: bool = False) -> None:
+        """End it in good order: whoever waits for an answer learns why, and not just that it will have none."""
         if self._hello is not None and self._early is None:
-            self.send(wire.Reply(wire.GOOD_BYE, None, why))
+            self.send(wire.Reply(wire.GOOD_BYE, leaving, why))
         self.close(why)
 
     def fail(self, why: str) -> None:

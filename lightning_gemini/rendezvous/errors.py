@@ -19,6 +19,10 @@ class PeerLost(RendezvousError):
     """A connection to a peer broke: the peer died or was replaced."""
 
 
+class PeerLeft(PeerLost):
+    """The peer has left in good order: it had all it needed, so whatever was sent to it has arrived."""
+
+
 class Unreachable(RendezvousError):
     """A peer could not be reached before the deadline."""
 

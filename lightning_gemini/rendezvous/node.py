@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from lightning_gemini.rendezvous import bruck, wire
 from lightning_gemini.rendezvous.connection import Listener
 from lightning_gemini.rendezvous.dial import Resolver, bind
-from lightning_gemini.rendezvous.errors import RendezvousError, StaleGeneration
+from lightning_gemini.rendezvous.errors import RendezvousError, StaleGeneration, Unreachable
 from lightning_gemini.rendezvous.keys import Keys
 from lightning_gemini.rendezvous.peer import Exchange, Peer
 from lightning_gemini.rendezvous.roster import Roster
@@ -133,6 +133,10 @@ class PeerNode:
         self._thread.start()
         try:
             self._server = self._submit(self._listen(), timeout_s)
+        except TimeoutError:
+            self.close()
+            places = ", ".join(map(str, roster.addresses[rank]))
+            raise Unreachable(f"rank {rank} of job {roster.job!r} found no address to listen at within {timeout_s:g} s: {places}") from None
         except BaseException:
             self.close()
             raise
@@ -298,7 +302,7 @@ class PeerNode:
             server.close()
         self._now.over()
         for listener in list(self._listeners):
-            listener.close("this rank leaves")
+            listener.dismiss("it has left", leaving=True)
         leftover = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in leftover:
             task.cancel()

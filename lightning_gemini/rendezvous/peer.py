@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_gemini.rendezvous import wire
 from lightning_gemini.rendezvous.connection import Dialler
 from lightning_gemini.rendezvous.dial import connect
-from lightning_gemini.rendezvous.errors import DuplicateRank, PeerLost, RendezvousError, StaleGeneration, Unreachable
+from lightning_gemini.rendezvous.errors import DuplicateRank, PeerLeft, PeerLost, RendezvousError, StaleGeneration, Unreachable
 from lightning_gemini.rendezvous.roster import Address
 
 if TYPE_CHECKING:
@@ -152,7 +152,8 @@ class Peer:
         if self._outcome is not None and not self._outcome.done():
             self._outcome.set_exception(error)
         else:
-            self._give_up(error if isinstance(error, StaleGeneration) else PeerLost(f"rank {self._rank} was lost: {error}"))
+            kind = type(error) if isinstance(error, (StaleGeneration, PeerLeft)) else PeerLost
+            self._give_up(kind(f"rank {self._rank} was lost: {error}"))
 
     def _give_up(self, error: RendezvousError) -> None:
         self._kept, self._dialling = b"", None
@@ -160,7 +161,7 @@ class Peer:
         for future in answers.values():
             if not future.done():
                 future.set_exception(error)
-        for exchange in list(self._posts):
+        for exchange in [] if isinstance(error, PeerLeft) else list(self._posts):
             exchange.fail(error)
         self._posts.clear()
 

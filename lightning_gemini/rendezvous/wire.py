@@ -23,7 +23,8 @@ MAX_STRANGER_BYTES = 4096
 MAX_BYTES = 256 << 20
 """Largest frame of a peer: an all-gather's last round carries half of all blocks."""
 GOOD_BYE = 0
-"""Number of the reply that answers no request: the generation is over, and the connection with it."""
+"""Number of the reply that answers no request: the connection ends in good order. Its value is true when the peer leaves the job, having
+had all it needs; else the generation is over."""
 
 
 class Challenge(msgspec.Struct, tag="challenge"):

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import lightning_gemini
 from lightning_gemini.rendezvous import initialize
@@ -97,7 +98,7 @@ def test_a_url_adds_to_the_options_of_the_process() -> None:
         dist.init_process_group("gloo", init_method="gemini://127.0.0.1,127.0.0.2", rank=rank, world_size=2)
         return "met"
 
-    (answer,) = told(body, 2, ranks=1, LIGHTNING_GEMINI_TOKEN="t")
+    (answer,) = told(body, 2, {"LIGHTNING_GEMINI_TOKEN": "t"}, ranks=1)
     assert "could not reach rank 1" in answer and "within 0.5 s" in answer
 
 
@@ -142,7 +143,7 @@ def test_a_rendezvous_of_ones_own_is_respected(own: str) -> None:
         if own == "init_method":
             dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
         else:
-            store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)
+            store = TCPStore("127.0.0.1", port, 2, rank == 0)
             if own == "store":
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
             else:

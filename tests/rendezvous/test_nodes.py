@@ -58,7 +58,7 @@ def test_two_ranks_on_each_of_three_nodes(nodes: Nodes) -> None:
         assert node is not None
         return f"{total} {node.address.host} {sum(sock.listens and sock.local == node.address.port for sock in tcp_sockets())}"
 
-    assert told(body, 6, **SECRET) == [f"63 {nodes.address(rank // 2)} 1" for rank in range(6)]
+    assert told(body, 6, SECRET) == [f"63 {nodes.address(rank // 2)} 1" for rank in range(6)]
 
 
 def test_a_rank_that_starts_long_after_the_others(nodes: Nodes) -> None:
@@ -67,7 +67,7 @@ def test_a_rank_that_starts_long_after_the_others(nodes: Nodes) -> None:
             time.sleep(2)  # this is the fault, not a wait for something
         return met(nodes, rank, rank, nodes.addresses)
 
-    answers = [answer.split() for answer in told(body, COUNT, **SECRET)]
+    answers = [answer.split() for answer in told(body, COUNT, SECRET)]
     assert [total for total, _ in answers] == ["7"] * 3
     assert float(answers[0][1]) > 1.5, "the others must have waited"
     assert float(answers[1][1]) < 2, "the late one need not"
@@ -83,7 +83,7 @@ def test_ranks_meet_when_a_cable_is_back(nodes: Nodes) -> None:
 
     nodes.cut(2)
     try:
-        assert [answer.split()[0] for answer in told(body, COUNT, **SECRET)] == ["7"] * 3
+        assert [answer.split()[0] for answer in told(body, COUNT, SECRET)] == ["7"] * 3
     finally:
         nodes.mend(2)
 
@@ -99,7 +99,7 @@ def test_a_resolver_that_never_answers_costs_nothing(nodes: Nodes) -> None:
             look_up.communicate()
         while select.select([asked], [], [], 0)[0]:
             asked.recv(4096)
-        answers = [answer.split() for answer in told(lambda rank: met(nodes, rank, rank, nodes.addresses), COUNT, **SECRET)]
+        answers = [answer.split() for answer in told(lambda rank: met(nodes, rank, rank, nodes.addresses), COUNT, SECRET)]
         assert [total for total, _ in answers] == ["7"] * 3
         assert all(float(took) < 5 for _, took in answers)
         assert not select.select([asked], [], [], 0)[0], "somebody asked for a name"
@@ -108,7 +108,7 @@ def test_a_resolver_that_never_answers_costs_nothing(nodes: Nodes) -> None:
 @pytest.mark.parametrize("absent", ["10.77.0.99", "no-such-host.invalid"])
 def test_a_host_that_does_not_exist_is_named_in_time(nodes: Nodes, absent: str) -> None:
     began = time.monotonic()
-    (answer,) = told(lambda rank: met(nodes, rank, rank, [nodes.address(0), absent], timeout_s=2.0), 2, ranks=1, **SECRET)
+    (answer,) = told(lambda rank: met(nodes, rank, rank, [nodes.address(0), absent], timeout_s=2.0), 2, SECRET, ranks=1)
     assert time.monotonic() - began < 5
     assert answer.startswith("Unreachable: rank 0 could not reach rank 1") and "within 2 s" in answer
     assert absent in answer and "is its host's name right?" in answer
@@ -118,7 +118,7 @@ def test_a_host_that_swallows_everything_is_named_in_time(nodes: Nodes) -> None:
     """Nothing comes back, not even a refusal, and each attempt would take seconds."""
     nodes.black_hole(0, "10.77.0.98")
     began = time.monotonic()
-    (answer,) = told(lambda rank: met(nodes, rank, rank, [nodes.address(0), "10.77.0.98"], timeout_s=2.0), 2, ranks=1, **SECRET)
+    (answer,) = told(lambda rank: met(nodes, rank, rank, [nodes.address(0), "10.77.0.98"], timeout_s=2.0), 2, SECRET, ranks=1)
     assert time.monotonic() - began < 5
     assert answer.startswith("Unreachable: rank 0 could not reach rank 1") and "10.77.0.98" in answer
 
@@ -126,7 +126,7 @@ def test_a_host_that_swallows_everything_is_named_in_time(nodes: Nodes) -> None:
 def test_a_name_that_nobody_answers_for_is_named_in_time(nodes: Nodes) -> None:
     began = time.monotonic()
     with nodes.silent_resolver() as asked:
-        (answer,) = told(lambda rank: met(nodes, rank, rank, [nodes.address(0), "node9"], timeout_s=2.0), 2, ranks=1, **SECRET)
+        (answer,) = told(lambda rank: met(nodes, rank, rank, [nodes.address(0), "node9"], timeout_s=2.0), 2, SECRET, ranks=1)
         assert select.select([asked], [], [], 0)[0]
     assert time.monotonic() - began < 5
     assert answer.startswith("Unreachable: rank 0 could not reach rank 1") and "node9" in answer

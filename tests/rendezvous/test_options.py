@@ -68,7 +68,7 @@ def test_an_empty_or_absent_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [{"hosts": ["198.51.100.1"]}, {"hosts": ["127.0.0.1", "127.0.0.2", "127.0.0.3"]}, {"hosts": ["no-such.invalid", "::1"]}, {"port": 65535}],
+    [{"hosts": ["198.51.100.1"]}, {"hosts": ["127.0.0.1", "127.0.0.2", "127.0.0.3"]}, {"hosts": ["no.invalid", "::1"]}, {"port": 65535}],
 )
 def test_the_token_is_in_no_error(monkeypatch: pytest.MonkeyPatch, option: dict[str, object]) -> None:
     for key, value in (PLAIN | {"LIGHTNING_GEMINI_TOKEN": SECRET}).items():

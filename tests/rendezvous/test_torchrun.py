@@ -54,21 +54,25 @@ def agents(directory: Path, way: str, ranks: Sequence[str], endpoint: str = "127
     return ended(*[torchrun(directory, way, *shared, "--rdzv-conf", f"rank={rank},timeout=40", **environ) for rank in ranks])
 
 
-@pytest.mark.parametrize(("way", "world", "trips"), [("gemini", 3, False), ("env", 1, True)])
-def test_workers_of_a_plain_torchrun_have_no_tcpstore(tmp_path: Path, way: str, world: int, trips: bool) -> None:
-    """The same look at the sockets finds the TCPStore of `env://`."""
-    ((status, text),) = ended(torchrun(tmp_path, way, "--nproc-per-node", str(world), "--master-port", str(free_port())))
+def test_workers_of_a_plain_torchrun_have_no_tcpstore(tmp_path: Path) -> None:
+    """The same look at the sockets finds the TCPStore of `env://`, and the one of torchrun's agent."""
+    ((status, text),) = ended(torchrun(tmp_path, "then env", "--nproc-per-node", "3", "--master-port", str(free_port())))
     assert status == 0, text
-    for record in seen(tmp_path, world):
-        assert (record["sum"], record["world"], record["master_port"], record["unix"]) == (2**world - 1, world, trips, not trips)
-        assert record["agent_listens"], "the agent of a plain torchrun has its TCPStore: the look must see it"
+    for record in seen(tmp_path, 3):
+        assert (record["sum"], record["world"], record["unix"]) == (7, 3, True)
+        assert (record["master_port"], record["master_port_of_env"]) == (False, True)
+        assert record["agent_listens"]
 
 
 def test_with_our_backend_the_agent_has_none_either(tmp_path: Path) -> None:
-    ((status, text),) = ended(torchrun(tmp_path, "gemini", "--nproc-per-node", "2", "--rdzv-backend", "gemini"))
+    """Nor after a restart, in which the ranks meet under the names of those that died."""
+    options = ["--nproc-per-node", "2", "--rdzv-backend", "gemini", "--max-restarts", "1"]
+    ((status, text),) = ended(torchrun(tmp_path, "fails", *options))
     assert status == 0, text
     assert "Traceback" not in text
+    assert starts(tmp_path) == {0: 2, 1: 2}
     for record in seen(tmp_path, 2):
+        assert record["generation"] == 1
         assert (record["sum"], record["master_port"], record["unix"], record["agent_listens"]) == (3, False, True, [])
 
 

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,9 @@ from tests.support.peers import new_job
 LIMIT_S = 40
 
 
-def told(body: Callable[[int], object], size: int, ranks: int | None = None, **environ: str) -> list[str]:
+def told(body: Callable[[int], object], size: int, environ: Mapping[str, str] | None = None, ranks: int | None = None) -> list[str]:
     """What `body` returns in each rank of a new job, or its error, in one line. `ranks`: how many of the `size` are started."""
-    environ = {"WORLD_SIZE": str(size), "LIGHTNING_GEMINI_JOB": new_job(), "GLOO_SOCKET_IFNAME": "lo", **environ}
+    environ = {"WORLD_SIZE": str(size), "LIGHTNING_GEMINI_JOB": new_job(), "GLOO_SOCKET_IFNAME": "lo", **(environ or {})}
 
     def one(rank: int, tell: Tell) -> None:
         os.environ.update(environ, RANK=str(rank))

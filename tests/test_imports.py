@@ -85,9 +85,10 @@ FORBIDDEN = {
         "config",
     ],
     "snapshot": ["recovery", "agent", "strategy", "hooks", "callback", "launcher", "compat", "data", "config"],
-    "state": ["recovery", "agent", "snapshot", "strategy", "hooks", "callback", "launcher", "config"],
+    "state": ["recovery", "agent", "snapshot", "rendezvous", "peers", "strategy", "hooks", "callback", "launcher", "config"],
     "data": ["recovery", "agent", "snapshot", "rendezvous", "strategy", "hooks", "callback", "launcher", "compat", "config"],
-    "rendezvous": ["recovery", "state", "strategy", "hooks", "callback", "launcher", "compat", "data"],
+    "peers": ["recovery", "agent", "snapshot", "state", "rendezvous", "strategy", "hooks", "callback", "launcher", "compat", "data", "config"],
+    "rendezvous": ["recovery", "strategy", "hooks", "callback", "launcher", "compat", "data"],
     "recovery": ["strategy", "hooks", "callback", "launcher", "environment", "faults", "checks"],
     "recovery.plan": ["agent", "snapshot", "state", "rendezvous", "compat", "config"],
     "agent": ["strategy", "hooks", "callback", "launcher", "environment", "faults", "checks", "compat", "state", "rendezvous", "data"],
@@ -104,7 +105,7 @@ def test_imports_point_one_way(package: str) -> None:
             assert not wrong, f"{module} imports {wrong}"
 
 
-@pytest.mark.parametrize("module", [*inside("agent"), f"{NAME}.config", f"{NAME}.telemetry.events", f"{NAME}.recovery.plan"])
+@pytest.mark.parametrize("module", [*inside("agent"), *inside("peers"), f"{NAME}.config", f"{NAME}.telemetry.events", f"{NAME}.recovery.plan"])
 def test_the_agent_never_loads_torch(module: str) -> None:
     heavy = {"torch", "lightning", "torchmetrics", "numpy", "hydra", "omegaconf"}
     assert not {name for name in reaches(module) if top(name) in heavy}
@@ -131,6 +132,7 @@ def test_no_module_loads_itself() -> None:
 def test_only_declared_dependencies() -> None:
     declared = {"torch", "lightning", "hydra", "omegaconf", "msgspec", "xxhash", "psutil", "numpy"}
     declared |= {"torchmetrics"}  # comes with lightning
+    declared |= {"etcd3gw"}  # the extra `etcd`, imported when rendezvous.etcd is set
     for module in sorted(MODULES):
         others = {top(name) for name in imports(module)} - set(sys.stdlib_module_names) - {NAME}
         assert others <= declared, f"{module} imports {others - declared}"

@@ -21,9 +21,12 @@ PUBLIC = [
     "GeminiFSDP2Strategy",
     "GeminiStrategy",
     "RecoveryConfig",
+    "RendezvousConfig",
     "SnapshotConfig",
     "TelemetryConfig",
     "__version__",
+    "init_process_group",
+    "use_peer_rendezvous",
 ]
 REQUIRED = "(required)"
 OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
@@ -46,6 +49,14 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "log_to_logger": ("bool", True),
         "banner": ("bool", True),
     },
+    "RendezvousConfig": {
+        "hosts": ("list[str] | None", None),
+        "port": ("int | None", None),
+        "job": ("str | None", None),
+        "timeout_s": ("float", 600.0),
+        "token_file": ("str | None", None),
+        "etcd": ("str | None", None),
+    },
     "FaultConfig": {
         "kind": ("str", REQUIRED),
         "rank": ("int", REQUIRED),
@@ -65,6 +76,7 @@ SIGNATURES = {
     "GeminiCallback": [],
     "SnapshotConfig": [f"*{name}" for name in OPTIONS["SnapshotConfig"]],
     "RecoveryConfig": [f"*{name}" for name in OPTIONS["RecoveryConfig"]],
+    "RendezvousConfig": [f"*{name}" for name in OPTIONS["RendezvousConfig"]],
     "TelemetryConfig": [f"*{name}" for name in OPTIONS["TelemetryConfig"]],
     "FaultConfig": [f"*{name}" for name in OPTIONS["FaultConfig"]],
     "GeminiConfig": [f"*{name}" for name in OPTIONS["GeminiConfig"]],

@@ -19,9 +19,7 @@ from lightning_gemini.agent.messages import Assign, Plan, Progress, Recover, Rec
 from lightning_gemini.recovery.plan import RankInventory, RecoveryPlan, plan
 from lightning_gemini.snapshot.collective_log import CollectiveLog
 from lightning_gemini.snapshot.slots import SlotFile
-from lightning_gemini.telemetry.events import EventLog
-
-PHASES = ("detect", "abort", "restore", "regroup", "resume")
+from lightning_gemini.telemetry.events import PHASES, EventLog
 
 
 @dataclass(slots=True)

@@ -209,9 +209,7 @@ class Joining(Stepping):
         if error is not None:
             generation = self.world.generation
             engine.report(error, "a callback, the data or validation")
-            self.link.wait(
-                lambda: self.link.announced != generation, self.config.recovery.regroup_timeout_s, "the agent to begin a recovery"
-            )
+            self.link.wait_for_generation_after(generation, self.config.recovery.regroup_timeout_s)
             error.__traceback__ = error.__context__ = None
         self.world.enter(self.link.announced)
         self.landing.answer()

@@ -28,6 +28,8 @@ from lightning_gemini.snapshot.slots import CorruptSnapshot, SlotFile
 from lightning_gemini.state.catalogue import Entry, Segment, copy_in, owned, size_of, target_of
 
 _MIB = 1 << 20
+_COPY_S = 600.0
+"""Limit of one copy into shared memory: it moves gigabytes per second."""
 
 
 class Memory:
@@ -134,12 +136,14 @@ class Memory:
         self._draining = self._worker.submit(work)
 
     def settle(self) -> bool:
-        """Wait for the background copy; False when it was torn by a writer outside the optimizer."""
+        """Wait for the background copy; False when it was torn by a writer outside the optimizer. Raises `TimeoutError`."""
         future, self._draining = self._draining, None
         if future is None:
             return True
         try:
-            future.result()
+            future.result(_COPY_S)
+        except concurrent.futures.TimeoutError:  # not the built-in one before Python 3.11
+            raise TimeoutError(f"a copy into shared memory did not end within {_COPY_S:g} s") from None
         except arena.Torn:
             return False
         return True

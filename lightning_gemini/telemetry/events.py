@@ -12,6 +12,9 @@ import sys
 import time
 from typing import Any
 
+PHASES = ("detect", "abort", "restore", "regroup", "resume")
+"""Of a recovery, in order."""
+
 
 class EventLog:
     """Appends events to `<directory>/<name>.jsonl`; lines are whole, also when several processes share a file in turn.

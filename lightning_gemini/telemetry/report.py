@@ -10,9 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_gemini.telemetry.events import read_events
-
-PHASES = ("detect", "abort", "restore", "regroup", "resume")
+from lightning_gemini.telemetry.events import PHASES, read_events
 
 
 @dataclass(slots=True)

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_gemini.compat.torch import keep_groups_swappable
+from lightning_gemini.peers.roster import Roster
 from lightning_gemini.rendezvous import group
-from lightning_gemini.rendezvous.roster import Roster
 from lightning_gemini.rendezvous.world import Mode, World
 
 DEADLINE_S = 60.0

@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import Check, Report, Spread, main, number, progress
-from lightning_gemini.rendezvous import bruck
-from lightning_gemini.rendezvous.node import PeerNode
-from lightning_gemini.rendezvous.roster import Roster
+from lightning_gemini.peers import bruck
+from lightning_gemini.peers.node import PeerNode
+from lightning_gemini.peers.roster import Roster
 from lightning_gemini.rendezvous.store import PeerStore
 
 _FORK = multiprocessing.get_context("fork")

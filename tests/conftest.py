@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lightning_gemini  # noqa: F401
+from tests.support.peers import Peers
 
 torch.set_num_threads(1)
 
@@ -34,3 +35,11 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     for name in set(os.environ) - set(environment):
         if name.startswith(("LIGHTNING_GEMINI", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")):
             raise AssertionError(f"environment variable {name} left behind")
+
+
+@pytest.fixture
+def peers() -> Iterator[Peers]:
+    """Peers that are closed when the test is over."""
+    started = Peers()
+    yield started
+    started.close()

@@ -28,12 +28,12 @@ from lightning_gemini.environment import GeminiEnvironment
 from lightning_gemini.hooks.base import _process
 from lightning_gemini.hooks.stepping import Stepping
 from lightning_gemini.launcher import GeminiLauncher
+from lightning_gemini.peers.roster import Roster
 from lightning_gemini.recovery.engine import Engine
 from lightning_gemini.recovery.landing import Landing
 from lightning_gemini.recovery.memory import Memory, expected_size
 from lightning_gemini.rendezvous import group
 from lightning_gemini.rendezvous.link import Link
-from lightning_gemini.rendezvous.roster import Roster
 from lightning_gemini.rendezvous.world import Mode, World
 from lightning_gemini.snapshot.slots import CorruptSnapshot, SlotFile
 from lightning_gemini.state.catalogue import catalogue, size_of

@@ -29,9 +29,9 @@ import torch
 from lightning_gemini.agent.memory import BOUNDARY, TENSORS
 from lightning_gemini.agent.messages import Fault, Plan, Progress, Stopped
 from lightning_gemini.config import GeminiConfig
+from lightning_gemini.peers.errors import StaleGeneration
 from lightning_gemini.recovery.memory import Memory
 from lightning_gemini.recovery.signals import Rewind, StepFault
-from lightning_gemini.rendezvous.errors import StaleGeneration
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode, World
 from lightning_gemini.snapshot.collective_log import CollectiveLog

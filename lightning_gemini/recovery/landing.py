@@ -14,9 +14,9 @@ import time
 
 from lightning_gemini.agent.memory import TENSORS
 from lightning_gemini.agent.messages import Plan, Stopped
+from lightning_gemini.peers.errors import StaleGeneration
 from lightning_gemini.recovery.engine import Engine, patience_s
 from lightning_gemini.recovery.signals import Rewind
-from lightning_gemini.rendezvous.errors import StaleGeneration
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode
 from lightning_gemini.snapshot.slots import CorruptSnapshot

@@ -19,7 +19,7 @@ import torch
 
 from lightning_gemini.agent.memory import BOUNDARY, TENSORS, reached, tag
 from lightning_gemini.config import SnapshotConfig
-from lightning_gemini.rendezvous.errors import StaleGeneration
+from lightning_gemini.peers.errors import StaleGeneration
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.snapshot import arena
 from lightning_gemini.snapshot.collective_log import CollectiveLog

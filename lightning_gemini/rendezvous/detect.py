@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_gemini.config import RendezvousConfig
+from lightning_gemini.peers.roster import Roster, is_loopback
 from lightning_gemini.rendezvous import hostlist
-from lightning_gemini.rendezvous.roster import Roster, is_loopback
 
 _RANK = ("RANK", "SLURM_PROCID", "JOB_COMPLETION_INDEX")
 _WORLD = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "LIGHTNING_GEMINI_PODS")

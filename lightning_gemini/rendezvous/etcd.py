@@ -16,10 +16,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lightning_gemini.config import RendezvousConfig
+from lightning_gemini.peers.errors import DuplicateRank, Unreachable
+from lightning_gemini.peers.node import PeerNode
+from lightning_gemini.peers.roster import Address, Roster
 from lightning_gemini.rendezvous.detect import Place
-from lightning_gemini.rendezvous.errors import DuplicateRank, Unreachable
-from lightning_gemini.rendezvous.node import PeerNode
-from lightning_gemini.rendezvous.roster import Address, Roster
 
 _REQUEST_S = 5
 _PAUSE_S = 0.1

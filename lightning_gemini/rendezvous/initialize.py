@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from lightning_gemini.config import RendezvousConfig, parse
+from lightning_gemini.peers.node import PeerNode
 from lightning_gemini.rendezvous import detect
 from lightning_gemini.rendezvous.hostlist import split_hosts
-from lightning_gemini.rendezvous.node import PeerNode
 from lightning_gemini.rendezvous.store import PeerStore
 
 _HOSTS_FILE = Path("/etc/hosts")

@@ -30,7 +30,7 @@ from lightning_gemini.agent.messages import (
     decode_from_agent,
     encode,
 )
-from lightning_gemini.rendezvous.errors import StaleGeneration
+from lightning_gemini.peers.errors import StaleGeneration
 
 _BEAT_S = 0.2
 AGENT_LOST = 70

@@ -1,7 +1,7 @@
 """A `torch.distributed.Store` without a server: its keys live in the ranks themselves.
 
 Seam: everything stock torch does with a store. Gloo publishes one key for each member of a group and reads all of them: that becomes one
-all-gather in log2 N rounds. Any other key has an owner among the ranks, found by hashing (`rendezvous.keys`). What has no meaning
+all-gather in log2 N rounds. Any other key has an owner among the ranks, found by hashing (`peers.keys`). What has no meaning
 without a central table (`num_keys`, `list_keys`, the queues) raises `NotImplementedError` and says what to use.
 
 Every key is bound to a generation: when that is over, all operations raise `StaleGeneration`.
@@ -17,8 +17,8 @@ from typing import Any, NoReturn, TypeVar
 
 from torch.distributed import DistStoreError, Store  # type: ignore[attr-defined]
 
-from lightning_gemini.rendezvous import wire
-from lightning_gemini.rendezvous.node import PeerNode
+from lightning_gemini.peers import wire
+from lightning_gemini.peers.node import PeerNode
 
 _OF_A_GROUP = re.compile(r"(.*//\w+//\d+/)(\d+)")
 """How gloo names the key of a member: `<group>//<device>//<number>/<group rank>`."""

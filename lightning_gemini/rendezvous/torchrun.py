@@ -20,10 +20,10 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousParameters, RendezvousStoreInfo
 
 from lightning_gemini.config import RendezvousConfig
+from lightning_gemini.peers.node import PeerNode
+from lightning_gemini.peers.roster import Roster
 from lightning_gemini.rendezvous.detect import token
 from lightning_gemini.rendezvous.hostlist import split_hosts
-from lightning_gemini.rendezvous.node import PeerNode
-from lightning_gemini.rendezvous.roster import Roster
 from lightning_gemini.rendezvous.store import PeerStore
 
 _TIMEOUT_S = 600.0

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 import torch
 
+from lightning_gemini.peers.errors import StaleGeneration
+from lightning_gemini.peers.node import PeerNode
+from lightning_gemini.peers.roster import Roster
 from lightning_gemini.rendezvous import backends
-from lightning_gemini.rendezvous.errors import StaleGeneration
-from lightning_gemini.rendezvous.node import PeerNode
-from lightning_gemini.rendezvous.roster import Roster
 from lightning_gemini.rendezvous.store import PeerStore
 from lightning_gemini.rendezvous.works import Outstanding
 from lightning_gemini.snapshot.collective_log import CollectiveLog

@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_gemini.peers.node import PeerNode
+from lightning_gemini.peers.roster import Roster
 from lightning_gemini.rendezvous import backends
-from lightning_gemini.rendezvous.node import PeerNode
-from lightning_gemini.rendezvous.roster import Roster
 from lightning_gemini.rendezvous.store import PeerStore
 from tests.support.forked import Ranks, Tell
 

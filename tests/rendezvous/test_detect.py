@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lightning_gemini.config import RendezvousConfig
+from lightning_gemini.peers.roster import CANDIDATES
 from lightning_gemini.rendezvous.detect import Place, place
-from lightning_gemini.rendezvous.roster import CANDIDATES
 
 Environ = dict[str, str]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import lightning_gemini
+from lightning_gemini.peers.errors import Unreachable
 from lightning_gemini.rendezvous import initialize
-from lightning_gemini.rendezvous.errors import Unreachable
 from tests.support.etcd import Etcd, require_etcd
 from tests.support.meeting import free_port, summed, told
 

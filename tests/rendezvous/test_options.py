@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lightning_gemini.config import RendezvousConfig, parse
+from lightning_gemini.peers.errors import RendezvousError, Unreachable
 from lightning_gemini.rendezvous import initialize
 from lightning_gemini.rendezvous.detect import place, token
-from lightning_gemini.rendezvous.errors import RendezvousError, Unreachable
 from tests.support.peers import new_job
 
 SECRET = "8c0ffee5ecre7"

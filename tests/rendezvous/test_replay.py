@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_gemini.agent.memory import NodeFiles, create_files
-from lightning_gemini.rendezvous.errors import StaleGeneration
+from lightning_gemini.peers.errors import StaleGeneration
 from lightning_gemini.rendezvous.group import SwappableGroup
 from lightning_gemini.rendezvous.world import Mode, World, pack, unpack
 from lightning_gemini.snapshot.collective_log import CollectiveLog

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_gemini.rendezvous.node import PeerNode
-from lightning_gemini.rendezvous.roster import Roster
+from lightning_gemini.peers.node import PeerNode
+from lightning_gemini.peers.roster import Roster
 from lightning_gemini.rendezvous.store import PeerStore
 from tests.support.forked import Ranks
 from tests.support.peers import new_job

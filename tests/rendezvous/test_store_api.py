@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from lightning_gemini.rendezvous.node import PeerNode
+from lightning_gemini.peers.node import PeerNode
 from lightning_gemini.rendezvous.store import PeerStore
 from tests.support.peers import LIMIT_S, Peers, at_once
 

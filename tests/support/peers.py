@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from lightning_gemini.rendezvous import wire
-from lightning_gemini.rendezvous.node import PeerNode
-from lightning_gemini.rendezvous.roster import Address, Roster
+from lightning_gemini.peers import wire
+from lightning_gemini.peers.node import PeerNode
+from lightning_gemini.peers.roster import Address, Roster
 
 T = TypeVar("T")
 LIMIT_S = 20.0

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from lightning_gemini.rendezvous import wire
-from lightning_gemini.rendezvous.bruck import parent
+from lightning_gemini.peers import wire
+from lightning_gemini.peers.bruck import parent
 
 Ask = Callable[[int, wire.Question], Awaitable[Any]]
 

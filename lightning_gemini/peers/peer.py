@@ -14,14 +14,14 @@ import asyncio
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from lightning_gemini.rendezvous import wire
-from lightning_gemini.rendezvous.connection import Dialler
-from lightning_gemini.rendezvous.dial import connect
-from lightning_gemini.rendezvous.errors import DuplicateRank, PeerLeft, PeerLost, RendezvousError, StaleGeneration, Unreachable
-from lightning_gemini.rendezvous.roster import Address
+from lightning_gemini.peers import wire
+from lightning_gemini.peers.connection import Dialler
+from lightning_gemini.peers.dial import connect
+from lightning_gemini.peers.errors import DuplicateRank, PeerLeft, PeerLost, RendezvousError, StaleGeneration, Unreachable
+from lightning_gemini.peers.roster import Address
 
 if TYPE_CHECKING:
-    from lightning_gemini.rendezvous.node import PeerNode
+    from lightning_gemini.peers.node import PeerNode
 
 _RELAYED = {kind.__name__: kind for kind in (StaleGeneration, PeerLost, Unreachable)}
 """What a rank on the way to a key's owner may have met instead."""

@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from lightning_gemini.rendezvous import wire
-from lightning_gemini.rendezvous.connection import Dialler
-from lightning_gemini.rendezvous.errors import RendezvousError, StaleGeneration
+from lightning_gemini.peers import wire
+from lightning_gemini.peers.connection import Dialler
+from lightning_gemini.peers.errors import RendezvousError, StaleGeneration
 from tests.support.peers import Peers
 
 

@@ -9,8 +9,8 @@ from math import ceil, log2
 
 import pytest
 
-from lightning_gemini.rendezvous import wire
-from lightning_gemini.rendezvous.node import PeerNode
+from lightning_gemini.peers import wire
+from lightning_gemini.peers.node import PeerNode
 from tests.support.peers import Peers, at_once
 
 WORLD = 9

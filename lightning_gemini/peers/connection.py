@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 import msgspec
 
-from lightning_gemini.rendezvous import wire
-from lightning_gemini.rendezvous.errors import DuplicateRank, PeerLeft, PeerLost, RendezvousError, StaleGeneration, WrongPeer
-from lightning_gemini.rendezvous.framing import Framed
+from lightning_gemini.peers import wire
+from lightning_gemini.peers.errors import DuplicateRank, PeerLeft, PeerLost, RendezvousError, StaleGeneration, WrongPeer
+from lightning_gemini.peers.framing import Framed
 
 log = logging.getLogger(__name__)
 

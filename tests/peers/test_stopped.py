@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lightning_gemini.rendezvous import wire
-from lightning_gemini.rendezvous.errors import RendezvousError
-from lightning_gemini.rendezvous.node import PeerNode
-from lightning_gemini.rendezvous.roster import Roster
+from lightning_gemini.peers import wire
+from lightning_gemini.peers.errors import RendezvousError
+from lightning_gemini.peers.node import PeerNode
+from lightning_gemini.peers.roster import Roster
 from tests.support.forked import Ranks
 from tests.support.peers import new_job
 

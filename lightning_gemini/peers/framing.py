@@ -13,7 +13,7 @@ import socket
 
 import msgspec
 
-from lightning_gemini.rendezvous import wire
+from lightning_gemini.peers import wire
 
 HANDSHAKE_S = 10.0
 """How long a connection may stay unproved."""

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lightning_gemini.rendezvous import wire
-from lightning_gemini.rendezvous.errors import PeerLost
-from lightning_gemini.rendezvous.node import PeerNode
-from lightning_gemini.rendezvous.peer import Exchange
+from lightning_gemini.peers import wire
+from lightning_gemini.peers.errors import PeerLost
+from lightning_gemini.peers.node import PeerNode
+from lightning_gemini.peers.peer import Exchange
 from tests.support.peers import Peers, assert_works, until
 
 

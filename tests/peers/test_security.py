@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from lightning_gemini.rendezvous import framing, wire
-from lightning_gemini.rendezvous.errors import Unreachable
-from lightning_gemini.rendezvous.node import PeerNode
-from lightning_gemini.rendezvous.roster import Roster
+from lightning_gemini.peers import framing, wire
+from lightning_gemini.peers.errors import Unreachable
+from lightning_gemini.peers.node import PeerNode
+from lightning_gemini.peers.roster import Roster
 from tests.support.peers import Peers, Stranger, assert_works, connect, hello, new_job, receive, until
 
 TOKEN, OTHER = b"the secret of this job", b"another secret"

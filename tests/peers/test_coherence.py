@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lightning_gemini.rendezvous import wire
-from lightning_gemini.rendezvous.errors import PeerLost
-from lightning_gemini.rendezvous.keys import Keys
-from lightning_gemini.rendezvous.node import PeerNode
+from lightning_gemini.peers import wire
+from lightning_gemini.peers.errors import PeerLost
+from lightning_gemini.peers.keys import Keys
+from lightning_gemini.peers.node import PeerNode
 from tests.support.peers import Peers, at_once
 
 WORLD = 9

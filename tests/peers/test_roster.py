@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gemini.rendezvous.roster import CANDIDATES, Address, Roster, derived_port, is_loopback
+from lightning_gemini.peers.roster import CANDIDATES, Address, Roster, derived_port, is_loopback
 
 HOSTS = ["10.0.0.1", "10.0.0.2"]
 

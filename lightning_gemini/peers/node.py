@@ -22,13 +22,13 @@ from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from lightning_gemini.rendezvous import bruck, wire
-from lightning_gemini.rendezvous.connection import Listener
-from lightning_gemini.rendezvous.dial import Resolver, bind
-from lightning_gemini.rendezvous.errors import RendezvousError, StaleGeneration, Unreachable
-from lightning_gemini.rendezvous.keys import Keys
-from lightning_gemini.rendezvous.peer import Exchange, Peer
-from lightning_gemini.rendezvous.roster import Roster
+from lightning_gemini.peers import bruck, wire
+from lightning_gemini.peers.connection import Listener
+from lightning_gemini.peers.dial import Resolver, bind
+from lightning_gemini.peers.errors import RendezvousError, StaleGeneration, Unreachable
+from lightning_gemini.peers.keys import Keys
+from lightning_gemini.peers.peer import Exchange, Peer
+from lightning_gemini.peers.roster import Roster
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from lightning_gemini.rendezvous import wire
-from lightning_gemini.rendezvous.errors import RendezvousError, StaleGeneration
-from lightning_gemini.rendezvous.node import PeerNode
+from lightning_gemini.peers import wire
+from lightning_gemini.peers.errors import RendezvousError, StaleGeneration
+from lightning_gemini.peers.node import PeerNode
 from lightning_gemini.rendezvous.store import PeerStore
 from tests.support.peers import Peers, assert_works, at_once, until
 

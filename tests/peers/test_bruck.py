@@ -7,7 +7,7 @@ from math import ceil, log2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gemini.rendezvous import bruck
+from lightning_gemini.peers import bruck
 
 SIZES = st.integers(1, 300)
 

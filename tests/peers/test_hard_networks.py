@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lightning_gemini.rendezvous import framing, wire
-from lightning_gemini.rendezvous.errors import DuplicateRank, Unreachable
-from lightning_gemini.rendezvous.node import PeerNode
-from lightning_gemini.rendezvous.roster import CANDIDATES, Roster
+from lightning_gemini.peers import framing, wire
+from lightning_gemini.peers.errors import DuplicateRank, Unreachable
+from lightning_gemini.peers.node import PeerNode
+from lightning_gemini.peers.roster import CANDIDATES, Roster
 from tests.support.peers import Peers, Stranger, assert_works, at_once, new_job
 
 Treat = Callable[[socket.socket], None]

@@ -12,13 +12,13 @@ import ipaddress
 import socket
 from typing import TYPE_CHECKING
 
-from lightning_gemini.rendezvous import wire
-from lightning_gemini.rendezvous.connection import Dialler, Owner
-from lightning_gemini.rendezvous.errors import DuplicateRank, RendezvousError, Unreachable
-from lightning_gemini.rendezvous.roster import Address, is_loopback
+from lightning_gemini.peers import wire
+from lightning_gemini.peers.connection import Dialler, Owner
+from lightning_gemini.peers.errors import DuplicateRank, RendezvousError, Unreachable
+from lightning_gemini.peers.roster import Address, is_loopback
 
 if TYPE_CHECKING:
-    from lightning_gemini.rendezvous.node import PeerNode
+    from lightning_gemini.peers.node import PeerNode
 
 CONNECT_S = 3.0
 _LOOKUP_S = 10.0

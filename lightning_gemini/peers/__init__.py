@@ -1,0 +1,1 @@
+"""A rank among its peers: addresses, connections, keys, generations. No torch here."""

@@ -26,6 +26,7 @@ from lightning_gemini.peers import bruck, wire
 from lightning_gemini.peers.connection import Listener
 from lightning_gemini.peers.dial import Resolver, bind
 from lightning_gemini.peers.errors import RendezvousError, StaleGeneration, Unreachable
+from lightning_gemini.peers.framing import OPEN
 from lightning_gemini.peers.keys import Keys
 from lightning_gemini.peers.peer import Exchange, Peer
 from lightning_gemini.peers.roster import Roster
@@ -250,6 +251,7 @@ class PeerNode:
 
     async def _listen(self) -> socket.socket:
         server, self.address = await bind(self)
+        OPEN.add(server)
         self._loop.add_reader(server.fileno(), self._accept, server)
         if not self.address.is_unix:
             self.host = await self.resolver.find(self.address.host)

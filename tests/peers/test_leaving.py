@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -57,3 +58,30 @@ def test_who_has_had_everything_may_go(peers: Peers) -> None:
         nodes[0].close()
         post(nodes[1], 2, "g#1>2", b"1")
         assert last.result(5) == [b"0", b"1", b"2"]
+
+
+def test_a_child_that_outlives_a_rank_holds_neither_its_address_nor_its_connections(peers: Peers) -> None:
+    """As a loader's worker does for some seconds."""
+    nodes = peers.world(2)
+    assert_works(nodes)
+    key = next(key for key in map(str, range(99)) if nodes[0]._now.keys.owner(key) == 1)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writer)
+        os.read(reader, 1)  # until the parent is done, or dead
+        os._exit(0)
+    try:
+        os.close(reader)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(nodes[0].call, 0, wire.Get(key), 10)
+            until(lambda: nodes[1].requests > 0 and not waiting.done())
+            nodes[1].close()
+            with pytest.raises(PeerLost):
+                waiting.result(5)
+        again = peers.start(nodes[1].roster, 1, generation=1)
+        nodes[0].open(1)
+        assert_works([nodes[0], again], generation=1)
+    finally:
+        os.close(writer)
+        os.waitpid(child, 0)

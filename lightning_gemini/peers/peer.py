@@ -152,8 +152,8 @@ class Peer:
         if self._outcome is not None and not self._outcome.done():
             self._outcome.set_exception(error)
         else:
-            kind = type(error) if isinstance(error, (StaleGeneration, PeerLeft)) else PeerLost
-            self._give_up(kind(f"rank {self._rank} was lost: {error}"))
+            kind = PeerLeft if isinstance(error, PeerLeft) else PeerLost
+            self._give_up(error if isinstance(error, StaleGeneration) else kind(f"rank {self._rank} was lost: {error}"))
 
     def _give_up(self, error: RendezvousError) -> None:
         self._kept, self._dialling = b"", None

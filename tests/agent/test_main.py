@@ -52,7 +52,7 @@ def test_the_job_s_exit_status_is_the_script_s(tmp_path: Path, status: int) -> N
     )
     result = run("--nproc-per-node", "2", "train.py", "--lr", "0.1", cwd=tmp_path)
     assert result.returncode == status, result.stderr
-    written = [path.read_text() for path in tmp_path.glob("rank*")]
+    written = [text for path in tmp_path.glob("rank*") if (text := path.read_text())]  # a rank may have been ended before it wrote
     assert written and all(text.startswith("--lr 0.1 ") and int(text.split()[-1]) >= 1 for text in written)
     assert status or len(written) == 2
 

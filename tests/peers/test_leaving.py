@@ -74,8 +74,9 @@ def test_a_child_that_outlives_a_rank_holds_neither_its_address_nor_its_connecti
     try:
         os.close(reader)
         with ThreadPoolExecutor(1) as pool:
+            served = nodes[1].requests
             waiting = pool.submit(nodes[0].call, 0, wire.Get(key), 10)
-            until(lambda: nodes[1].requests > 0 and not waiting.done())
+            until(lambda: nodes[1].requests > served)
             nodes[1].close()
             with pytest.raises(PeerLost):
                 waiting.result(5)

@@ -17,6 +17,8 @@ from hydra.utils import instantiate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from tests.support.forked import Ranks, Tell
+
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "gpt"
 sys.path.insert(0, str(RECIPE))
 
@@ -206,10 +208,9 @@ def test_learning_rate_schedule() -> None:
     assert tiny(warmup_steps=0).lr_factor(1000) == 1.0
 
 
-@pytest.mark.torch_keeps_descriptors  # of a DeviceMesh's groups
 def test_fsdp2_shards_once_and_computes_the_same(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    def body(rank: int, tell: Tell) -> None:  # in a process of its own: torch keeps sockets of a DeviceMesh's groups
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
         torch.manual_seed(0)
         model = tiny().eval()
         x = torch.randint(256, (2, 16))
@@ -222,8 +223,13 @@ def test_fsdp2_shards_once_and_computes_the_same(tmp_path: Path) -> None:
         assert [name for name, _ in model.named_parameters()] == names
         torch.testing.assert_close(model(x), plain)
         assert len(digest([*model.named_parameters()])) == 64
+        tell("the same")
+
+    ranks = Ranks(body, 1)
+    try:
+        assert ranks.hear(0) == "the same"
     finally:
-        dist.destroy_process_group()
+        ranks.end()
 
 
 # ---- recorder

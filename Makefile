@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Flags for installing torch alone, for instance an index of CPU builds: make venv TORCH_PIP_FLAGS='--index-url ...'
 TORCH_PIP_FLAGS ?=
+# Runs of each campaign of `make chaos`, of 38 faults each.
+RUNS ?= 8
 
 .DEFAULT_GOAL := test
 .PHONY: venv demo test lint bench chaos clean
@@ -35,7 +37,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
 
 chaos: $(STAMP)
-	GEMINI_CHAOS=1 $(BIN)/python -m pytest -q tests/chaos
+	GEMINI_CHAOS=$(RUNS) $(BIN)/python -m pytest -q tests/chaos
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

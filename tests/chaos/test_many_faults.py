@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import statistics
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 
 from lightning_gemini import GeminiStrategy
+from tests.chaos.conftest import ROWS
 from tests.support.jobs import Recorder, Result, run_job, same
 from tests.support.models import Net, loader
 
 pytestmark = [pytest.mark.skipif("GEMINI_CHAOS" not in os.environ, reason="make chaos runs it"), pytest.mark.timeout(900)]
 WORLD, FAULTS = 4, 38
+RUNS = int(os.environ.get("GEMINI_CHAOS", "0"))
 
 
 def job(directory: Path, kind: str, where: str, faults: int) -> Result:
@@ -35,7 +38,10 @@ def job(directory: Path, kind: str, where: str, faults: int) -> Result:
 @pytest.mark.parametrize("kind", ["raise", "kill"])
 def test_campaign(tmp_path: Path, kind: str, where: str) -> None:
     expected = job(tmp_path / "undisturbed", kind, where, 0)
-    for attempt in range(8):
+    seconds: list[float] = []
+    for attempt in range(RUNS):
         result = job(tmp_path / str(attempt), kind, where, FAULTS)
         same(expected, result)
         assert result.injected == len(result.recoveries) == FAULTS
+        seconds += [sum(recovery["seconds"].values()) for recovery in result.recoveries]
+    ROWS.append((kind, where, RUNS, len(seconds), statistics.median(seconds), max(seconds)))

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from lightning_gemini.agent.memory import create_files
+from lightning_gemini.rendezvous import backends
+from lightning_gemini.rendezvous.store import PeerStore
 from lightning_gemini.snapshot import arena
 from lightning_gemini.snapshot.cuda import SideStream, pin
 from lightning_gemini.snapshot.slots import SlotFile
 from lightning_gemini.state import rng
 from lightning_gemini.state.catalogue import Entry, copy_in, owned
+from tests.support.peers import Peers
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -61,3 +64,18 @@ def test_the_device_generator_belongs_to_a_boundary() -> None:
     first = torch.rand(8, device=device)
     rng.restore(state, device)
     assert torch.equal(torch.rand(8, device=device), first)
+
+
+@needs_gpu
+def test_nccl_is_formed_aborted_and_formed_anew(peers: Peers) -> None:
+    """A group of one: what can be said about NCCL with a single GPU."""
+    (node,) = peers.world(1)
+    for generation in range(3):
+        node.open(generation)
+        store = PeerStore(node, generation=generation, prefix=f"{generation}/")
+        group = backends.form_nccl(store, 0, 1, 30.0)
+        x = torch.ones(8, device="cuda")
+        group.allreduce([x]).wait()
+        torch.cuda.synchronize()
+        assert x.sum().item() == 8
+        backends.abort_nccl(group)

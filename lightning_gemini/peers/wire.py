@@ -2,8 +2,8 @@
 
 Handshake: with a token the listener speaks first, so that a stranger learns nothing but a nonce.
     listener  Challenge(nonce)                              where the job has a token; on one node the kernel vouches for the user
-    dialler   Hello(job, generation, rank, to, …, mac)      mac = HMAC-SHA256(token, "dialler", both nonces, all fields)
-    listener  Welcome(mac) or Refusal(kind, text)           mac = HMAC-SHA256(token, "listener", both nonces)
+    dialler   Hello(job, generation, rank, to, …, mac)      mac = keyed BLAKE2b(token, "dialler", both nonces, all fields)
+    listener  Welcome(mac) or Refusal(kind, text)           mac = keyed BLAKE2b(token, "listener", both nonces)
 Both sides compare in constant time. After it, requests (id, message) and replies (id, value or error) follow. A frame is a big-endian
 length and MessagePack; one that is too long or does not decode ends the connection.
 """
@@ -11,7 +11,7 @@ length and MessagePack; one that is too long or does not decode ends the connect
 from __future__ import annotations
 
 import hashlib
-import hmac
+import hmac  # for compare_digest only
 import os
 from typing import Any
 
@@ -167,12 +167,18 @@ def nonce() -> bytes:
 def hello_mac(token: bytes, hello: Hello, challenge: bytes) -> bytes:
     """Proof of the dialler over everything it says."""
     said = msgspec.structs.replace(hello, mac=b"")
-    return hmac.digest(token, b"dialler" + challenge + encode(said), hashlib.sha256)
+    return _mac(token, b"dialler" + challenge + encode(said))
 
 
 def welcome_mac(token: bytes, hello: Hello, challenge: bytes) -> bytes:
     """Proof of the listener."""
-    return hmac.digest(token, b"listener" + challenge + hello.nonce, hashlib.sha256)
+    return _mac(token, b"listener" + challenge + hello.nonce)
+
+
+def _mac(token: bytes, text: bytes) -> bytes:
+    """Python's own BLAKE2b (RFC 7693, keyed), never OpenSSL: a loader's worker is forked while this runs in the peers' thread, inherits
+    OpenSSL's locks as they are, and then hangs or crashes in its own first use of it (multiprocessing authenticates with HMAC)."""
+    return hashlib.blake2b(text, key=hashlib.blake2b(token).digest()).digest()
 
 
 def same(a: bytes, b: bytes) -> bool:

@@ -22,7 +22,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     text = [
         f"# Campaign of faults, {today}",
         f"{total} recoveries in {sum(row[2] for row in ROWS)} runs of 4 ranks on {os.cpu_count()} cores, each run bit-identical to the "
-        f"undisturbed one; {session.testsfailed} of {session.testscollected} campaigns failed and are not in the table. Made by `make chaos`.",
+        f"undisturbed one; {session.testsfailed} of {session.testscollected} campaigns failed and are not in the table. Made by "
+        "`make chaos`.",
         "| fault | where | runs | recoveries | median (s) | longest (s) |\n|---|---|---|---|---|---|\n" + "\n".join(lines),
     ]
     (_TARGET / f"{today}-chaos.md").write_text("\n\n".join(text) + "\n")

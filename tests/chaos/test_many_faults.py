@@ -8,18 +8,19 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+from torch.utils.data import DataLoader
 
 from lightning_gemini import GeminiStrategy
 from tests.chaos.conftest import ROWS
 from tests.support.jobs import Recorder, Result, run_job, same
-from tests.support.models import Net, loader
+from tests.support.models import Net, Noisy, loader
 
 pytestmark = [pytest.mark.skipif("GEMINI_CHAOS" not in os.environ, reason="make chaos runs it"), pytest.mark.timeout(900)]
 WORLD, FAULTS = 4, 38
 RUNS = int(os.environ.get("GEMINI_CHAOS", "0"))
 
 
-def job(directory: Path, kind: str, where: str, faults: int) -> Result:
+def job(directory: Path, kind: str, where: str, faults: int, workers: int = 0) -> Result:
     configured = [{"kind": kind, "rank": i % WORLD, "step": 3 + 2 * i, "where": where} for i in range(faults)]
 
     def train() -> None:
@@ -29,19 +30,22 @@ def job(directory: Path, kind: str, where: str, faults: int) -> Result:
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False, limit_val_batches=0,
             default_root_dir=str(directory), callbacks=[Recorder(str(directory))],
         )  # fmt: skip
-        trainer.fit(Net(width=256), loader(400))
+        data = DataLoader(Noisy(36), batch_size=3, num_workers=workers, shuffle=True) if workers else loader(400)  # short epochs, many forks
+        trainer.fit(Net(width=256), data)
 
     return run_job(directory, train, WORLD, timeout_s=200)
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", "optimizer", "after_step"])
-@pytest.mark.parametrize("kind", ["raise", "kill"])
-def test_campaign(tmp_path: Path, kind: str, where: str) -> None:
-    expected = job(tmp_path / "undisturbed", kind, where, 0)
+CASES = [(kind, where, 0) for kind in ("raise", "kill") for where in ("forward", "backward", "optimizer", "after_step")]
+
+
+@pytest.mark.parametrize(("kind", "where", "workers"), [*CASES, ("kill", "after_step", 2)])
+def test_campaign(tmp_path: Path, kind: str, where: str, workers: int) -> None:
+    expected = job(tmp_path / "undisturbed", kind, where, 0, workers)
     seconds: list[float] = []
     for attempt in range(RUNS):
-        result = job(tmp_path / str(attempt), kind, where, FAULTS)
+        result = job(tmp_path / str(attempt), kind, where, FAULTS, workers)
         same(expected, result)
         assert result.injected == len(result.recoveries) == FAULTS
         seconds += [sum(recovery["seconds"].values()) for recovery in result.recoveries]
-    ROWS.append((kind, where, RUNS, len(seconds), statistics.median(seconds), max(seconds)))
+    ROWS.append((kind, f"{where}, {workers} loader workers" if workers else where, RUNS, len(seconds), statistics.median(seconds), max(seconds)))

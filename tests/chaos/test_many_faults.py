@@ -30,8 +30,8 @@ def job(directory: Path, kind: str, where: str, faults: int, workers: int = 0) -
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False, limit_val_batches=0,
             default_root_dir=str(directory), callbacks=[Recorder(str(directory))],
         )  # fmt: skip
-        data = DataLoader(Noisy(36), batch_size=3, num_workers=workers, shuffle=True) if workers else loader(400)  # short epochs, many forks
-        trainer.fit(Net(width=256), data)
+        many_forks = DataLoader(Noisy(36), batch_size=3, num_workers=workers, shuffle=True)  # short epochs
+        trainer.fit(Net(width=256), many_forks if workers else loader(400))
 
     return run_job(directory, train, WORLD, timeout_s=200)
 
@@ -48,4 +48,5 @@ def test_campaign(tmp_path: Path, kind: str, where: str, workers: int) -> None:
         same(expected, result)
         assert result.injected == len(result.recoveries) == FAULTS
         seconds += [sum(recovery["seconds"].values()) for recovery in result.recoveries]
-    ROWS.append((kind, f"{where}, {workers} loader workers" if workers else where, RUNS, len(seconds), statistics.median(seconds), max(seconds)))
+    place = f"{where}, {workers} loader workers" if workers else where
+    ROWS.append((kind, place, RUNS, len(seconds), statistics.median(seconds), max(seconds)))

@@ -56,6 +56,7 @@ class Peer:
         self._node, self._rank, self._generation = node, rank, generation
         self._dialler: Dialler | None = None
         self._dialling: asyncio.Task[None] | None = None
+        self._limit: asyncio.TimerHandle | None = None
         self._outcome: asyncio.Future[None] | None = None
         """Of the attempt under way."""
         self._kept = b""
@@ -69,7 +70,9 @@ class Peer:
     def dial(self) -> None:
         """Connect, if there is no connection yet."""
         if self._dialler is None and self._dialling is None:
-            self._dialling = asyncio.get_running_loop().create_task(self._dial())
+            loop, limit_s = asyncio.get_running_loop(), self._node.timeout_s
+            self._dialling = loop.create_task(self._dial())
+            self._limit = loop.call_later(max(0.9 * limit_s, limit_s - 1.0), self._too_late)  # earlier than the caller, who knows not why
 
     def post(self, message: wire.Message, exchange: Exchange) -> None:
         """Say something that needs no answer."""
@@ -92,15 +95,22 @@ class Peer:
         self.dial()
 
     async def _dial(self) -> None:
-        limit_s = self._node.timeout_s
         try:
-            await asyncio.wait_for(self._search(), max(0.9 * limit_s, limit_s - 1.0))  # earlier than the caller, who could not say why
-        except asyncio.TimeoutError:
-            self._give_up(Unreachable(self._complaint()))
-            if self._dialler is not None:
-                self._dialler.close("did not answer in time")
+            await self._search()
         except (StaleGeneration, DuplicateRank) as error:
             self._give_up(error)
+
+    def _too_late(self) -> None:
+        if self._dialling is not None:
+            self._dialling.cancel()
+        self._give_up(Unreachable(self._complaint()))
+        if self._dialler is not None:
+            self._dialler.close("did not answer in time")
+
+    def _stop_dialling(self) -> None:
+        self._kept, self._dialling = b"", None
+        if self._limit is not None:
+            self._limit.cancel()
 
     async def _search(self) -> None:
         pause, self._problem = _FIRST_PAUSE_S, ""
@@ -131,7 +141,7 @@ class Peer:
 
     def welcomed(self) -> None:
         """Everything kept has been carried."""
-        self._kept, self._dialling = b"", None
+        self._stop_dialling()
         if self._outcome is not None and not self._outcome.done():
             self._outcome.set_result(None)
 
@@ -156,7 +166,7 @@ class Peer:
             self._give_up(error if isinstance(error, StaleGeneration) else kind(f"rank {self._rank} was lost: {error}"))
 
     def _give_up(self, error: RendezvousError) -> None:
-        self._kept, self._dialling = b"", None
+        self._stop_dialling()
         answers, self._answers = self._answers, {}
         for future in answers.values():
             if not future.done():
@@ -169,6 +179,7 @@ class Peer:
         """The generation is over."""
         if self._dialling is not None:
             self._dialling.cancel()
+        self._stop_dialling()
         if self._dialler is not None:
             self._dialler.close("the generation is over")
 

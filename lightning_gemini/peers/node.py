@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import errno
 import logging
 import socket
 import threading
@@ -22,72 +23,18 @@ from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from lightning_gemini.peers import bruck, wire
+from lightning_gemini.peers import wire
 from lightning_gemini.peers.connection import Listener
 from lightning_gemini.peers.dial import Resolver, bind
 from lightning_gemini.peers.errors import RendezvousError, StaleGeneration, Unreachable
 from lightning_gemini.peers.framing import OPEN
-from lightning_gemini.peers.keys import Keys
-from lightning_gemini.peers.peer import Exchange, Peer
+from lightning_gemini.peers.generation import Generation
 from lightning_gemini.peers.roster import Roster
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _CLOSE_S = 5.0
-
-
-class Generation:
-    """One generation at one rank: keys, connections, what runs in it."""
-
-    def __init__(self, number: int, node: PeerNode) -> None:
-        self.number = number
-        self._node = node
-        self.keys = Keys(node.rank, node.roster.size, self.ask)
-        self.processes: dict[int, bytes] = {}
-        """Rank -> the process that speaks for it."""
-        self.tasks: set[asyncio.Task[Any]] = set()
-        self._peers: dict[int, Peer] = {}
-
-    async def ask(self, rank: int, message: wire.Question) -> Any:
-        """Have `rank` answer a request."""
-        if rank == self._node.rank:
-            return await self.keys.serve(message, rank)
-        return await self._peer(rank).call(message)
-
-    def _peer(self, rank: int) -> Peer:
-        if rank not in self._peers:
-            self._peers[rank] = Peer(self._node, rank, self.number)
-        return self._peers[rank]
-
-    async def all_gather(self, name: str, rank: int, size: int, value: bytes, home: Callable[[int, str], int]) -> list[bytes]:
-        """Bruck's all-gather among members that know their numbers; `home(member, box)` is the rank where a member's post is put."""
-        blocks, exchange, rounds = [value], Exchange(), bruck.rounds(rank, size)
-        for number, step in enumerate(rounds):  # connect to all at once: each loop then wakes up less often
-            if (where := home(step.to, f"{name}#{number}>{step.to}")) != self._node.rank:
-                self._peer(where).dial()
-        for number, step in enumerate(rounds):
-            self._post(home, step.to, f"{name}#{number}>{step.to}", blocks[: step.count], exchange)
-            blocks += await exchange.wait(self._take(home, rank, f"{name}#{number}>{rank}"))
-        return bruck.in_order(rank, blocks)
-
-    def _post(self, home: Callable[[int, str], int], member: int, box: str, blocks: list[bytes], exchange: Exchange) -> None:
-        where = home(member, box)
-        if where == self._node.rank:
-            self.keys.post(box, blocks)
-        else:
-            self._peer(where).post(wire.Post(box, blocks), exchange)
-
-    def _take(self, home: Callable[[int, str], int], member: int, box: str) -> asyncio.Future[list[bytes]]:
-        where = home(member, box)
-        return self.keys.take(box) if where == self._node.rank else self._peer(where).call(wire.Take(box))
-
-    def over(self) -> None:
-        """End everything."""
-        for task in self.tasks:
-            task.cancel()
-        for peer in self._peers.values():
-            peer.close()
-        self.keys.close()
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class PeerNode:
@@ -261,7 +208,14 @@ class PeerNode:
         while True:
             try:
                 sock, _ = server.accept()
-            except OSError:  # nobody (more) is there
+            except BlockingIOError:  # nobody more is there
+                return
+            except OSError as error:
+                if error.errno not in _NO_ROOM:  # a peer that has gone again
+                    continue
+                log.warning("rank %s cannot take a connection (%s): it tries again in a second", self.rank, error.strerror)
+                self._loop.remove_reader(server.fileno())
+                self._loop.call_later(1.0, self._loop.add_reader, server.fileno(), self._accept, server)
                 return
             listener = Listener(sock, self.token, self._admit, self._serve, self._listeners.discard)
             self._listeners.add(listener)

@@ -191,15 +191,15 @@ def measure(quick: bool) -> Report:
     return report
 
 
-def _alone() -> None:
-    """Into a network namespace of its own, where nobody answers for DNS and so nobody is waited for."""
+def alone(module: str) -> None:
+    """Run `module` in a network namespace of its own, where nobody answers for DNS and so nobody is waited for; returns inside."""
     if os.environ.get(_ALONE) or os.geteuid() or not (shutil.which("unshare") and shutil.which("ip")):
         return
-    inside = [sys.executable, "-m", "benchmarks.rendezvous", *sys.argv[1:]]
+    inside = [sys.executable, "-m", module, *sys.argv[1:]]
     command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *inside]
     sys.exit(subprocess.run(command, env=os.environ | {_ALONE: "1"}, check=False).returncode)
 
 
 if __name__ == "__main__":
-    _alone()
+    alone("benchmarks.rendezvous")
     main(__doc__, measure)

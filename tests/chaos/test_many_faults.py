@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from lightning_gemini import GeminiStrategy
@@ -20,6 +21,13 @@ WORLD, FAULTS = 4, 38
 RUNS = int(os.environ.get("GEMINI_CHAOS", "0"))
 
 
+class Still(Noisy):
+    """Without noise: what workers draw at random is not repeated by a replaced rank's (a known limit)."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x[index], self.x[index].sum(0, keepdim=True).sin()
+
+
 def job(directory: Path, kind: str, where: str, faults: int, workers: int = 0) -> Result:
     configured = [{"kind": kind, "rank": i % WORLD, "step": 3 + 2 * i, "where": where} for i in range(faults)]
 
@@ -30,7 +38,7 @@ def job(directory: Path, kind: str, where: str, faults: int, workers: int = 0) -
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False, limit_val_batches=0,
             default_root_dir=str(directory), callbacks=[Recorder(str(directory))],
         )  # fmt: skip
-        many_forks = DataLoader(Noisy(36), batch_size=3, num_workers=workers, shuffle=True)  # short epochs
+        many_forks = DataLoader(Still(36), batch_size=3, num_workers=workers, shuffle=True)  # short epochs
         trainer.fit(Net(width=256), many_forks if workers else loader(400))
 
     return run_job(directory, train, WORLD, timeout_s=200)

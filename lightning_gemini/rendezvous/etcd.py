@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 from lightning_gemini.config import RendezvousConfig
 from lightning_gemini.peers.errors import DuplicateRank, Unreachable
-from lightning_gemini.peers.node import PeerNode
-from lightning_gemini.peers.roster import Address, Roster
+from lightning_gemini.peers.node import PeerNode, require_token
+from lightning_gemini.peers.roster import Address, Roster, is_loopback
 from lightning_gemini.rendezvous.detect import Place
 
 _REQUEST_S = 5
@@ -30,7 +30,10 @@ def listen_and_tell(config: RendezvousConfig, here: Place, token: bytes) -> Peer
     """A node of this rank whose roster came through etcd."""
     assert config.etcd is not None
     url = urlsplit(config.etcd)
-    listening = _bind(_own_address(url.hostname or "localhost", url.port or 2379))
+    own = _own_address(url.hostname or "localhost", url.port or 2379)
+    if not is_loopback(own):
+        require_token(token)
+    listening = _bind(own)
     try:
         roster = _exchange(_client(config), config, here, listening.getsockname()[:2])
         return PeerNode(roster, here.rank, token=token, generation=here.generation, timeout_s=config.timeout_s, listening=listening)

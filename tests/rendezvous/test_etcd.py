@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 import lightning_gemini
+from lightning_gemini.config import RendezvousConfig
 from lightning_gemini.peers.errors import Unreachable
+from lightning_gemini.rendezvous import etcd as roster_by_etcd
 from lightning_gemini.rendezvous import initialize
+from lightning_gemini.rendezvous.detect import Place
 from tests.support.etcd import Etcd, require_etcd
 from tests.support.meeting import free_port, summed, told
 
@@ -111,3 +114,12 @@ def test_an_etcd_that_is_not_there_is_named(where: str) -> None:
     (answer,) = told(body, 2, ELSEWHERE, ranks=1)
     assert re.match(rf"Unreachable: .*{re.escape(url.removeprefix('http://'))}", answer), answer
     assert "rendezvous.etcd" in answer
+
+
+def test_without_a_token_nothing_is_told_beyond_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before etcd is asked anything: the address in the URL is one that nobody has."""
+    monkeypatch.delenv("LIGHTNING_GEMINI_TOKEN", raising=False)
+    monkeypatch.setattr(roster_by_etcd, "_own_address", lambda host, port: "192.0.2.7")
+    place = Place(job="j", rank=0, world=2, hosts=(), generation=0)
+    with pytest.raises(ValueError, match="LIGHTNING_GEMINI_TOKEN"):
+        roster_by_etcd.listen_and_tell(RendezvousConfig(etcd="http://192.0.2.1:2379"), place, b"")

@@ -29,6 +29,8 @@ FORM_TIMEOUT_S = 15.0
 RANKS_PER_ROOT = 128
 """NCCL: one process that bootstraps for all others is a bottleneck from some hundreds of ranks on."""
 Endpoint = tuple[str, int]
+_CHECK_S = 0.02
+"""How often a thread that forms a group looks whether its generation is over; success is noticed at once."""
 
 
 class Endpoints:
@@ -42,9 +44,9 @@ class Endpoints:
     def listen(self, host: str) -> tuple[Any, Endpoint]:
         """A gloo device that listens at `host` (an address in numbers), and where."""
         with self._lock:
-            before = {sock.fileno(): sock.getsockname() for sock in _sockets(listening=True)}
+            before = {sock.getsockname() for sock in _sockets(listening=True)}
             device = ProcessGroupGloo.create_device(hostname=host)
-            new = [sock.getsockname()[:2] for sock in _sockets(listening=True) if sock.getsockname() not in before.values()]
+            new = [sock.getsockname()[:2] for sock in _sockets(listening=True) if sock.getsockname() not in before]
             self._own.update(new)
         if not new:
             raise RuntimeError("gloo opened no listener of its own: its groups could not be interrupted with this version of torch")
@@ -127,5 +129,3 @@ def abandonable(work: Callable[[], Any], over: Callable[[], bool]) -> Any:
         raise errors[0]
     return result[0] if result else None
 
-
-_CHECK_S = 0.02

@@ -11,6 +11,7 @@ torchrun's agents expect, and follow. Failure: a host list without this host, or
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -20,6 +21,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousParameters, RendezvousStoreInfo
 
 from lightning_gemini.config import RendezvousConfig
+from lightning_gemini.peers.errors import RendezvousError
 from lightning_gemini.peers.node import PeerNode
 from lightning_gemini.peers.roster import Roster
 from lightning_gemini.rendezvous.detect import token
@@ -27,6 +29,8 @@ from lightning_gemini.rendezvous.hostlist import split_hosts
 from lightning_gemini.rendezvous.store import PeerStore
 
 _TIMEOUT_S = 600.0
+_LEAVE_S = 3.0
+"""How long an agent that ends waits for the others to end; after a failure they may not."""
 
 
 class PeerRendezvous(RendezvousHandler):
@@ -75,7 +79,11 @@ class PeerRendezvous(RendezvousHandler):
         return self._run_id
 
     def shutdown(self) -> bool:
-        """Leave."""
+        """Leave, together if possible: torchrun's own barrier at the end is over for one agent while another still asks."""
+        with contextlib.suppress(RendezvousError, TimeoutError):
+            if self._round >= 0:
+                rank, size = self._node.rank, self._node.roster.size
+                self._node.all_gather(self._round, "leaving", rank, size, b"", timeout_s=_LEAVE_S)
         self._node.close()
         return True
 
@@ -133,5 +141,3 @@ def _is_ours(host: str) -> bool:
         if error.errno not in (errno.EADDRNOTAVAIL, None) and not isinstance(error, socket.gaierror):
             raise
         return False
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -135,6 +136,31 @@ def test_a_killed_peer_holds_nobody(blocked: Ranks) -> None:
         os.kill(blocked.pids[rank], signal.SIGUSR1)
         told = sorted(blocked.hear(rank) for _ in range(3))
         assert told[0] == "bystanders True" and told[1].startswith("error") and told[2].startswith("freed")
+
+
+def test_a_forked_child_leaves_a_replaced_group_alone() -> None:
+    """A loader's worker whose garbage collector finds a group of an earlier generation must not run the group's destructor."""
+
+    def body(rank: int, tell: Tell) -> None:
+        member = Member(rank)
+        replaced: dict[str, object] = {"group": member.form()}
+        replaced["itself"] = replaced
+        gc.disable()  # it is the child's that comes first
+        del replaced
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)
+            gc.collect()
+            os._exit(0)
+        tell(f"ended {os.waitpid(child, 0)[1]}")
+        member.node.all_gather(0, "done", rank, WORLD, b"")
+
+    ranks = Ranks(body, WORLD)
+    try:
+        assert [ranks.hear(rank) for rank in range(WORLD)] == ["ended 0"] * WORLD
+    finally:
+        ranks.end()
 
 
 def test_free_without_a_group_does_nothing() -> None:

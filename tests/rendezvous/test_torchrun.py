@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lightning_gemini.peers.roster import Roster
+from lightning_gemini.rendezvous.torchrun import PeerRendezvous
 from tests.support.meeting import free_port
 from tests.support.peers import new_job
 
@@ -105,6 +109,37 @@ def test_there_is_no_tcpstore_on_two_hosts(restarted: tuple[Path, list[tuple[int
 def test_agents_leave_in_peace(restarted: tuple[Path, list[tuple[int, str]]]) -> None:
     assert [text.count("Error waiting on exit barrier") for _, text in restarted[1]] == [0, 0]
     assert not any("secret" in text for _, text in restarted[1])
+
+
+def test_an_agent_that_ends_first_still_answers_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torchrun's barrier at the end: the last to arrive writes a key and goes, the others have yet to read it."""
+    monkeypatch.setenv("LIGHTNING_GEMINI_START", "0")
+    job = new_job()
+    agents = [PeerRendezvous(Roster.on_one_node(job, 2), rank, job, "localhost", 30.0) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        stores = [info.store for info in pool.map(PeerRendezvous.next_rendezvous, agents)]
+        keys = agents[1]._node._now.keys
+        key = next(key for key in map(str, range(99)) if keys.owner(f"{job}/agents/{key}") == 1)
+        stores[1].set(key, "written")
+        last = pool.submit(agents[1].shutdown)
+        with pytest.raises(TimeoutError):
+            last.result(0.5)
+        assert stores[0].get(key) == b"written"
+        began = time.monotonic()
+        agents[0].shutdown()
+        assert last.result(5) and time.monotonic() - began < 1.0
+
+
+def test_an_agent_does_not_wait_long_for_one_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_GEMINI_START", "0")
+    job = new_job()
+    agents = [PeerRendezvous(Roster.on_one_node(job, 2), rank, job, "localhost", 30.0) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(PeerRendezvous.next_rendezvous, agents))
+    agents[1]._node.close()
+    began = time.monotonic()
+    agents[0].shutdown()
+    assert time.monotonic() - began < 5.0
 
 
 @pytest.mark.parametrize(

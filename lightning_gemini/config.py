@@ -99,6 +99,29 @@ class RendezvousConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """How training batches are kept in memory that outlives a rank."""
+
+    prefetch_length: int = 10
+    """Batches made ahead of the rank that is furthest."""
+    lookback_length: int = 2
+    """Batches kept behind the rank that is last: what a replaced rank begins with. What is older can be made again, more slowly."""
+    directory: str | None = None
+    """Where batches lie, in files without a name. None: shared memory."""
+    size_limit_mib: int = 2048
+    """Limit of all batches of one loader, in MiB; it comes before the two lengths."""
+    encryption: bool = False
+    """Encrypt them with a key that only this job's processes on this node have; for a directory on a disk. Costs a copy."""
+    share: bool = True
+    """Ranks of a node that read the same data (tensor- or sequence-parallel peers) read it from one loader."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.prefetch_length <= 256, "data.prefetch_length", self.prefetch_length, "give a number of batches, 1 to 256")
+        _require(0 <= self.lookback_length <= 256, "data.lookback_length", self.lookback_length, "give a number of batches, 0 to 256")
+        _require(self.size_limit_mib >= 1, "data.size_limit_mib", self.size_limit_mib, "give at least 1 MiB")
+
+
+@dataclass(slots=True, kw_only=True)
 class TelemetryConfig:
     """What the run says about itself."""
 

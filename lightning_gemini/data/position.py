@@ -2,7 +2,8 @@
 
 Seam: wraps what `train_dataloader` returned. It records, per epoch, the generators at `iter()`, at the first fetch and before the newest
 fetch (samplers and datasets draw from them), and how many batches were handed out. `begin_at` makes the next iterator start at a
-recorded position: map-style data is skipped through its batch sampler without reading; other data is read and dropped.
+recorded position: a loader with a state of its own (`state_dict`, `load_state_dict`: torchdata's StatefulDataLoader) is given it; map-style
+data is skipped through its batch sampler without reading; other data is read and dropped.
 
 The generators are the global ones and those that the loader, its samplers and its data set hold.
 
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_gemini.state import rng
 
 _CPU = torch.device("cpu")
-_READ_AHEAD = 4
+READ_AHEAD = 4
 """Batches that a loop may read ahead; Lightning's reads one where the data has no length."""
 _PARTS = ("dataset", "sampler", "batch_sampler", "_sampler")
 
@@ -37,7 +38,10 @@ class PositionedLoader:
         self._count = 0
         self._at_iter: dict[str, Any] | None = None
         self._at_first: dict[str, Any] | None = None
-        self._at_fetch: deque[dict[str, Any]] = deque(maxlen=_READ_AHEAD + 1)
+        self._at_fetch: deque[dict[str, Any]] = deque(maxlen=READ_AHEAD + 1)
+        self._own: deque[Any] = deque(maxlen=READ_AHEAD + 1)
+        """What the loader itself says about the place before each of the newest fetches."""
+        self._keeps_state = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
         self._reused = False
         self._begin: dict[str, Any] | None = None
         self._generators: dict[str, Any] = {}
@@ -53,8 +57,13 @@ class PositionedLoader:
     def position(self, ahead: int = 0) -> dict[str, Any]:
         """Where the newest batch came from; `ahead` batches have been read after it that the loop has not taken yet."""
         fetches = list(self._at_fetch)[-(ahead + 1) :]
-        at = {"at_iter": self._at_iter, "at_first": self._at_first, "at_fetch": fetches}
+        own = list(self._own)[-(ahead + 1)] if len(self._own) > ahead else None
+        at = {"at_iter": self._at_iter, "at_first": self._at_first, "at_fetch": fetches, "loader": own}
         return {"count": self._count - ahead, "reused": self._reused, **at}
+
+    def own_state(self) -> Any:
+        """The state of a loader that keeps one; None otherwise."""
+        return self._loader.state_dict() if self._keeps_state else None
 
     def adopt(self, position: dict[str, Any]) -> None:
         """Take over the records of a position (after the state of a boundary was restored)."""
@@ -66,17 +75,19 @@ class PositionedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         begin, self._begin = self._begin, None
-        self._generators = _held(self._loader)
+        self._generators = held_by(self._loader)
         self._at_fetch.clear()
+        self._own.clear()
         if begin is not None and begin["count"]:
             return self._resumed(begin)
         if begin is not None and begin["at_iter"]:
             self._restore(begin["at_iter"])
-        self._count, self._at_iter = 0, self._capture()
+        self._count, self._at_iter = 0, self.capture()
         self._reused = getattr(self._loader, "_iterator", None) is not None  # persistent workers: the iterator of the last epoch goes on
         return self._recorded(iter(self._loader), begin["at_fetch"] if begin else [])
 
-    def _capture(self) -> dict[str, Any]:
+    def capture(self) -> dict[str, Any]:
+        """The generators now: the global ones and those held by the loader."""
         return {"global": rng.capture(_CPU), "held": rng.capture_private(self._generators)}
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -90,7 +101,7 @@ class PositionedLoader:
             state = next(known, None)
             if state is not None:
                 self._restore(state)
-            state = self._capture()
+            state, own = self.capture(), self.own_state() if self._count else None
             if self._count == 0:
                 self._at_first = state
             try:
@@ -98,6 +109,7 @@ class PositionedLoader:
             except StopIteration:
                 return
             self._at_fetch.append(state)
+            self._own.append(own)
             self._count += 1
             yield batch
 
@@ -108,7 +120,10 @@ class PositionedLoader:
         self._reused = begin["reused"]
         self._restore(begin["at_iter"])
         loader, workers = self._loader, getattr(self._loader, "num_workers", 0)
-        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_sampler is not None:
+        if begin.get("loader") is not None:
+            loader.load_state_dict(begin["loader"])
+            inner = iter(loader)
+        elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_sampler is not None:
             sampler = _Skipping(loader.batch_sampler, skip, functools.partial(self._at_draw, begin, bool(workers)))
             clone = copy.copy(loader)
             object.__setattr__(clone, "batch_sampler", sampler)  # DataLoader refuses a new sampler, but reads it only in iter()
@@ -155,7 +170,7 @@ class _Skipping:
         return len(self._sampler)
 
 
-def _held(loader: Any) -> dict[str, Any]:
+def held_by(loader: Any) -> dict[str, Any]:
     """Generators held by the loader and by what it is made of."""
     found: dict[str, Any] = {}
     seen: set[int] = set()

@@ -9,28 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
-import weakref
 
 import msgspec
 
+from lightning_gemini.forks import not_in_children
 from lightning_gemini.peers import wire
 
 HANDSHAKE_S = 10.0
 """How long a connection may stay unproved."""
 _READ_BYTES = 256 << 10
-OPEN: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-"""Sockets of this process that a forked child (a loader's worker) must not hold: it would keep an address taken, and a peer from seeing
-the end of a connection, after this process has died."""
-
-
-def _close_inherited() -> None:
-    for sock in list(OPEN):
-        sock.close()  # without a shutdown, which would end the parent's connection
-
-
-os.register_at_fork(after_in_child=_close_inherited)
 
 
 class Framed:
@@ -39,7 +27,7 @@ class Framed:
     def __init__(self, sock: socket.socket) -> None:
         self._loop = asyncio.get_running_loop()
         self.sock = sock
-        OPEN.add(sock)
+        not_in_children(sock)
         self.limit = wire.MAX_STRANGER_BYTES
         self.closed = False
         self._received = bytearray()

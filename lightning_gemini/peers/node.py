@@ -23,11 +23,11 @@ from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from lightning_gemini.forks import not_in_children
 from lightning_gemini.peers import wire
 from lightning_gemini.peers.connection import Listener
 from lightning_gemini.peers.dial import Resolver, bind
 from lightning_gemini.peers.errors import RendezvousError, StaleGeneration, Unreachable
-from lightning_gemini.peers.framing import OPEN
 from lightning_gemini.peers.generation import Generation
 from lightning_gemini.peers.roster import Roster
 
@@ -204,7 +204,7 @@ class PeerNode:
 
     async def _listen(self) -> socket.socket:
         server, self.address = await bind(self)
-        OPEN.add(server)
+        not_in_children(server)
         self._loop.add_reader(server.fileno(), self._accept, server)
         if not self.address.is_unix:
             self.host = await self.resolver.find(self.address.host)

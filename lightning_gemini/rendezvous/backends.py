@@ -8,15 +8,11 @@ again; several roots, `TORCH_NCCL_RANKS_PER_ROOT`, where the version of NCCL has
 Why `free` shuts sockets: gloo's `abort` and `shutdown` return at once and free nobody who is blocked in C++ because a peer was stopped
 or died elsewhere in the ring. Shutting the *connected* sockets does, in milliseconds. Listening sockets are left alone: shutting one ends
 peers. Which sockets are gloo's follows from the ports of its listeners: a member's own, and those that the members tell each other.
-
-Forks: a group that has been replaced may wait for the garbage collector. Collected in a forked child (a loader's worker), its destructor
-would join threads that exist only in the parent, and crash or hang there. So a child never collects what it inherited.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import socket
 import stat
@@ -28,6 +24,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
+import lightning_gemini.forks  # noqa: F401  a replaced group must not be destroyed in a forked child
+
 FORM_TIMEOUT_S = 15.0
 """Limit of connecting a group once all its members have published their addresses."""
 RANKS_PER_ROOT = 128
@@ -35,8 +33,6 @@ RANKS_PER_ROOT = 128
 Endpoint = tuple[str, int]
 _CHECK_S = 0.02
 """How often a thread that forms a group looks whether its generation is over; success is noticed at once."""
-
-os.register_at_fork(after_in_child=gc.freeze)
 
 
 class Endpoints:

@@ -1,0 +1,282 @@
+"""The loader process: runs the user's DataLoader and keeps the batches around the ranks' position.
+
+Seam: `start(loader, …)` forks it from the rank that asks first, so that it has the loader exactly as the rank has it, generators included;
+forked twice, so that it is no child of the rank and does not end with it. `Owner` says whose end is its own: the agent's, or without an
+agent the process that started it.
+
+States: serving -> ended (all ranks said Bye, or the owner is gone; then its whole process group goes). Its main thread runs the loader, a
+second one talks to ranks. Failures: the loader raises -> the exception goes to every rank that gets there, as itself, never an early end;
+the feeder dies -> ranks see end of file and start another at their position.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+
+from lightning_gemini.config import DataConfig
+from lightning_gemini.data.position import PositionedLoader
+from lightning_gemini.forks import keep, not_in_children
+from lightning_gemini.mapped import wire
+from lightning_gemini.mapped.encoding import encode, size_of
+from lightning_gemini.mapped.errors import carry, name_samples
+from lightning_gemini.mapped.files import Held, Shelf, new_key
+from lightning_gemini.mapped.window import Entry, Window
+
+log = logging.getLogger(__name__)
+_TICK_S = 1.0
+_GRACE_S = 2.0
+"""How long a feeder that is no longer needed waits for the batch it is making."""
+
+
+@dataclass(slots=True)
+class Owner:
+    """Whose end is the feeder's end, and what its process does first."""
+
+    pid: int
+    forked: Callable[[], None] = lambda: None
+    """Called in the feeder: gives up what it inherited from the rank."""
+    started: Callable[[int], None] = lambda pid: None
+    """Called in the rank with the feeder's process id."""
+
+
+@dataclass(slots=True)
+class Task:
+    """What a feeder feeds."""
+
+    loader: Any
+    begin: dict[str, Any]
+    """A position of `PositionedLoader`; its first batch is number `count` - 1, or 0."""
+    ranks: int
+    config: DataConfig
+
+
+def start(task: Task, listener: socket.socket, owner: Owner) -> int:
+    """Fork the feeder; returns its process id. `listener` is closed here."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reader, writer = os.pipe()
+    keep(listener)
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        if os.fork() == 0:
+            os.write(writer, os.getpid().to_bytes(8, "little"))
+            os.close(writer)
+            _run(task, listener, owner)
+        os._exit(0)
+    os.close(writer)
+    listener.close()
+    with open(reader, "rb") as file:
+        pid = int.from_bytes(file.read(8), "little")
+    os.waitpid(child, 0)
+    owner.started(pid)
+    return pid
+
+
+def _run(task: Task, listener: socket.socket, owner: Owner) -> None:
+    status = 1
+    try:
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to answer
+        not_in_children(listener)
+        owner.forked()
+        torch.set_num_threads(1)  # the pool of the parent's threads is not here
+        Feeder(task, listener, owner.pid).run()
+        status = 0
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        os._exit(status)
+
+
+class Feeder:
+    """See the module's docstring."""
+
+    def __init__(self, task: Task, listener: socket.socket, owner: int) -> None:
+        self.task, self._listener = task, listener
+        config, first = task.config, max(task.begin["count"] - 1, 0)
+        limits = {"ahead": config.prefetch_length, "behind": config.lookback_length, "limit": config.size_limit_mib << 20}
+        self.window = Window(first, task.ranks, **limits)
+        self._key = new_key() if config.encryption else b""
+        self._shelf = Shelf(config.directory, self._key)
+        self._last: tuple[wire.End | wire.Failed, Held | None] | None = None
+        self._readers: dict[socket.socket, _Reader] = {}
+        self._left: set[int] = set()
+        self._made = threading.Event()
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        self._wake.setblocking(False)
+        self._owner = os.pidfd_open(owner)
+        for sock in (self._wake, self._waker):
+            not_in_children(sock)
+
+    def run(self) -> None:
+        """Until nobody needs it."""
+        server = threading.Thread(target=self._serve, name="lightning-gemini-feeder", daemon=True)
+        server.start()
+        try:
+            self._produce()
+        except BaseException as error:  # whatever it is, the ranks must not wait for ever
+            number = self.window.next
+            text = carry(error)
+            self._finish(wire.Failed(number=number, size=len(text)), Shelf(None).put([text]))
+        self._made.set()
+        server.join()
+
+    # ---- the main thread: the loader
+
+    def _produce(self) -> None:
+        task = self.task
+        name_samples(task.loader)
+        loader = PositionedLoader(task.loader)
+        loader.begin_at(task.begin)
+        if self._wait():
+            batches = iter(loader)
+            while self._wait():
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return self._finish(wire.End(number=self.window.next), None)
+                self._put(loader, batch)
+                del batch
+            batches.close()  # type: ignore[attr-defined]  # ends the workers in good order
+
+    def _wait(self) -> bool:
+        return self.window.wait_until_wanted()
+
+    def _put(self, loader: PositionedLoader, batch: Any) -> None:
+        record = encode({"position": loader.position(), "after": {**loader.capture(), "loader": loader.own_state()}})
+        parts = encode(batch)
+        if self.window.wait_for_room(size_of(parts) + size_of(record)):
+            self.window.add(Entry(self._shelf.put(parts), Shelf(None).put(record)))
+            self._notify()
+
+    def _finish(self, last: wire.End | wire.Failed, held: Held | None) -> None:
+        self._last = (last, held)
+        self._notify()
+
+    def _notify(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._waker.send(b"x")
+
+    # ---- the second thread: the ranks
+
+    def _serve(self) -> None:
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
+        self._selector.register(self._owner, selectors.EVENT_READ, self._end_at_once)
+        while len(self._left) < self.task.ranks:
+            for key, _ in self._selector.select(_TICK_S):
+                key.data()
+        self.window.end()
+        self._made.wait(_GRACE_S)
+        self._end_at_once()
+
+    def _end_at_once(self) -> None:
+        os.killpg(0, signal.SIGKILL)
+
+    def _on_wake(self) -> None:
+        self._wake.recv(4096)
+        for reader in list(self._readers.values()):
+            self._push(reader)
+
+    def _accept(self) -> None:
+        sock, _ = self._listener.accept()
+        not_in_children(sock)
+        if not wire.same_user(sock):
+            return sock.close()
+        sock.setblocking(False)
+        reader = _Reader(sock)
+        self._readers[sock] = reader
+        self._selector.register(sock, selectors.EVENT_READ, lambda: self._hear(reader))
+
+    def _hear(self, reader: _Reader) -> None:
+        try:
+            data = _received(reader.sock)
+            message = wire.decode_from_rank(data) if data else None
+        except BlockingIOError:
+            return
+        except (OSError, msgspec.DecodeError):
+            message = None
+        match message:
+            case wire.Attach(member=member, number=number):
+                self._attach(reader, member, number)
+            case wire.Want(number=number) if reader.member is not None:
+                self.window.want(reader.member, number)
+                self._push(reader)
+            case wire.Bye(member=member):
+                self._left.add(member)
+                self._forget(reader)
+            case _:
+                self._forget(reader)
+
+    def _attach(self, reader: _Reader, member: int, number: int) -> None:
+        self._left.discard(member)
+        if not self.window.attach(member, number):
+            reader.send(wire.Gone())
+            return
+        reader.member, reader.next = member, number
+        reader.send(wire.Attached(key=self._key))
+        self._push(reader)
+
+    def _push(self, reader: _Reader) -> None:
+        """All that is there and was not sent yet; what the socket does not take waits for the next occasion."""
+        with contextlib.suppress(BlockingIOError), self.window.lock:
+            while reader.member is not None and not reader.ended:
+                entry = self.window.batch(reader.next)
+                if entry is not None:
+                    batch = wire.Batch(number=reader.next, size=entry.batch.size, record_size=entry.record.size)
+                    reader.send(batch, entry.batch.fd, entry.record.fd)
+                    reader.next += 1
+                elif reader.next < self.window.next:
+                    reader.send(wire.Gone())
+                    reader.ended = True
+                elif self._last is not None:
+                    message, held = self._last
+                    reader.send(message, *([held.fd] if held is not None else []))
+                    reader.ended = True
+                else:
+                    return
+
+    def _forget(self, reader: _Reader) -> None:
+        self._selector.unregister(reader.sock)
+        del self._readers[reader.sock]
+        reader.sock.close()
+
+
+def _received(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(wire.MAX_BYTES)
+    except ConnectionResetError:  # it was closed with batches unread; what it said before lies behind that error
+        return sock.recv(wire.MAX_BYTES)
+
+
+class _Reader:
+    """A rank's connection."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.member: int | None = None
+        self.next = 0
+        self.ended = False
+
+    def send(self, message: wire.FromFeeder, *descriptors: int) -> None:
+        """Raises `BlockingIOError` where there is no room; a rank that is gone is noticed by its end of file."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self.sock, [wire.encode(message)], list(descriptors))

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_gemini.callback import GeminiCallback
-    from lightning_gemini.config import FaultConfig, GeminiConfig, RecoveryConfig, RendezvousConfig, SnapshotConfig, TelemetryConfig
+    from lightning_gemini.config import (
+        DataConfig,
+        FaultConfig,
+        GeminiConfig,
+        RecoveryConfig,
+        RendezvousConfig,
+        SnapshotConfig,
+        TelemetryConfig,
+    )
+    from lightning_gemini.mapped.module import MMapDataModule
+    from lightning_gemini.mapped.trainer import use_mapped_data
     from lightning_gemini.rendezvous.initialize import init_process_group, use_peer_rendezvous
     from lightning_gemini.strategy import GeminiFSDP2Strategy, GeminiStrategy
 
@@ -28,21 +38,27 @@ _HOMES = {
     "TelemetryConfig": "config",
     "FaultConfig": "config",
     "RendezvousConfig": "config",
+    "DataConfig": "config",
+    "MMapDataModule": "mapped.module",
+    "use_mapped_data": "mapped.trainer",
     "init_process_group": "rendezvous.initialize",
     "use_peer_rendezvous": "rendezvous.initialize",
 }
 __all__ = [
+    "DataConfig",
     "FaultConfig",
     "GeminiCallback",
     "GeminiConfig",
     "GeminiFSDP2Strategy",
     "GeminiStrategy",
+    "MMapDataModule",
     "RecoveryConfig",
     "RendezvousConfig",
     "SnapshotConfig",
     "TelemetryConfig",
     "__version__",
     "init_process_group",
+    "use_mapped_data",
     "use_peer_rendezvous",
 ]
 

@@ -116,9 +116,13 @@ class DataConfig:
     """Ranks of a node that read the same data (tensor- or sequence-parallel peers) read it from one loader."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.prefetch_length <= 256, "data.prefetch_length", self.prefetch_length, "give a number of batches, 1 to 256")
-        _require(0 <= self.lookback_length <= 256, "data.lookback_length", self.lookback_length, "give a number of batches, 0 to 256")
-        _require(self.size_limit_mib >= 1, "data.size_limit_mib", self.size_limit_mib, "give at least 1 MiB")
+        _require(
+            1 <= self.prefetch_length <= 256, "mapped_data.prefetch_length", self.prefetch_length, "give a number of batches, 1 to 256"
+        )
+        _require(
+            0 <= self.lookback_length <= 256, "mapped_data.lookback_length", self.lookback_length, "give a number of batches, 0 to 256"
+        )
+        _require(self.size_limit_mib >= 1, "mapped_data.size_limit_mib", self.size_limit_mib, "give at least 1 MiB")
 
 
 @dataclass(slots=True, kw_only=True)

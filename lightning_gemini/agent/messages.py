@@ -67,6 +67,12 @@ class Progress(Message, tag="progress"):
     step: int = -1
 
 
+class LoaderStarted(Message, tag="loader_started"):
+    """This rank has forked a loader process, which is nobody's child and the agent's to end; leader of its own process group."""
+
+    pid: int
+
+
 class Left(Message, tag="left"):
     """`fit` has returned on this rank."""
 
@@ -117,7 +123,7 @@ class Stop(Message, tag="stop"):
     reason: str
 
 
-FromRank = Hello | Waiting | Fault | Stopped | Progress | Left
+FromRank = Hello | Waiting | Fault | Stopped | Progress | LoaderStarted | Left
 FromAgent = Assign | Recover | Plan | Recovered | Stop
 
 _encoder = msgspec.msgpack.Encoder()

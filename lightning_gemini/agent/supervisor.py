@@ -23,6 +23,7 @@ import msgspec
 
 from lightning_gemini.agent.channel import Channel
 from lightning_gemini.agent.coordinator import Coordinator
+from lightning_gemini.agent.loaders import Loaders
 from lightning_gemini.agent.member import Member
 from lightning_gemini.agent.memory import BOUNDARY, END_AT, HEARTBEAT_NS, create_files, step_of
 from lightning_gemini.agent.messages import (
@@ -30,6 +31,7 @@ from lightning_gemini.agent.messages import (
     FromRank,
     Hello,
     Left,
+    LoaderStarted,
     Progress,
     Stop,
     Stopped,
@@ -54,6 +56,7 @@ class Supervisor:
         self.config = GeminiConfig()
         self.replicated = True
         self.members: list[Member] = []
+        self.loaders = Loaders()
         self.selector = selectors.DefaultSelector()
         self.exit_status: int | None = None
         self.job = f"{os.getpid()}-{time.time_ns()}"
@@ -182,7 +185,7 @@ class Supervisor:
 
     def _own_descriptors(self, new: Channel) -> list[int]:
         alive = [m for m in self.members if not m.ended]
-        return [new.fileno(), *(m.channel.fileno() for m in alive), *(m.child.pidfd for m in alive)]
+        return [new.fileno(), *self.loaders.descriptors(), *(m.channel.fileno() for m in alive), *(m.child.pidfd for m in alive)]
 
     def _start_spares(self) -> None:
         if self._terminating_since is not None or self._spare_failures >= _MAX_SPARE_FAILURES:
@@ -279,6 +282,9 @@ class Supervisor:
                     self._fill()
             case Progress():
                 self._on_progress(member, message)
+            case LoaderStarted():
+                self.loaders.add(message.pid)
+                self._event("loader_started", rank=member.rank, loader_pid=message.pid)
             case Left():
                 member.left, member.in_fit = True, False
 
@@ -381,6 +387,7 @@ class Supervisor:
             if not member.ended:
                 self._forget(member)
                 member.child.reap()
+        self.loaders.end()
 
     def _event(self, event: str, **fields: object) -> None:
         if self.coordinator.events is not None:

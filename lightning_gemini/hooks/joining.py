@@ -19,7 +19,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 
 from lightning_gemini import checks, faults
-from lightning_gemini.agent.messages import Fault, Hello, Left, Recovered, Waiting
+from lightning_gemini.agent.messages import Fault, Hello, Left, LoaderStarted, Recovered, Waiting
 from lightning_gemini.compat import lightning as compat
 from lightning_gemini.compat import loggers
 from lightning_gemini.compat.torch import keep_groups_swappable
@@ -28,6 +28,8 @@ from lightning_gemini.environment import GeminiEnvironment
 from lightning_gemini.hooks.base import _process
 from lightning_gemini.hooks.stepping import Stepping
 from lightning_gemini.launcher import GeminiLauncher
+from lightning_gemini.mapped.feeder import Owner
+from lightning_gemini.mapped.trainer import close_all
 from lightning_gemini.peers.roster import Roster
 from lightning_gemini.recovery.engine import Engine
 from lightning_gemini.recovery.landing import Landing
@@ -188,14 +190,19 @@ class Joining(Stepping):
         default.inner("cuda" if self.root_device.type == "cuda" else "cpu")  # type: ignore[attr-defined]
 
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Training loaders know their position; a replaced rank's begin at its predecessor's."""
+        """Training loaders know their position; a replaced rank's begin at its predecessor's. (`mapped.trainer` may have wrapped it.)"""
         dataloader = super().process_dataloader(dataloader)  # type: ignore[misc]
-        if not getattr(self, "_trainer", None) or not self._trainer.training or isinstance(dataloader, PositionedLoader):
+        if not getattr(self, "_trainer", None) or not self._trainer.training:
             return dataloader
-        loader = PositionedLoader(dataloader)
+        loader = dataloader if isinstance(dataloader, PositionedLoader) else PositionedLoader(dataloader)
         if self.loader_positions:
             loader.begin_at(self.loader_positions.pop(0))
         return loader
+
+    def loader_owner(self) -> Owner:
+        """Loader processes of mapped data are the agent's: they stay when this rank dies."""
+        link = self.link
+        return Owner(link.agent_pid, forked=link.forget, started=lambda pid: link.send(LoaderStarted(pid=pid)))
 
     def reenter(self, trainer: pl.Trainer, error: Exception | None) -> bool:
         """Prepare to enter `fit` again in this process. False when the error must reach the user."""
@@ -217,6 +224,7 @@ class Joining(Stepping):
         self.world.replay.clear()
         engine.in_step = False
         self.world.stand_still = engine.stand_still
+        close_all(bye=False)
         compat.forget_loaders(trainer)
         self.loader_positions = []
         self.model = self.lightning_module  # type: ignore[attr-defined]

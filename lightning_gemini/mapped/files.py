@@ -55,7 +55,7 @@ class Shelf:
             except OSError as error:
                 if error.errno not in _FULL:
                     raise
-                log.warning("data.directory=%s: %s; batches go to shared memory from here on", self._directory, error.strerror)
+                log.warning("mapped_data.directory=%s: %s; batches go to shared memory from here on", self._directory, error.strerror)
                 self._directory = None
         return _write(os.memfd_create("gemini-batch", os.MFD_CLOEXEC), parts)
 
@@ -115,5 +115,5 @@ def _cipher(key: bytes):  # type: ignore[no-untyped-def]  # the package is optio
     try:
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     except ImportError:
-        raise ValueError("data.encryption=True needs the package cryptography: pip install 'lightning_gemini[encryption]'") from None
+        raise ValueError("mapped_data.encryption=True needs the package cryptography: pip install 'lightning_gemini[encryption]'") from None
     return AESGCM(key)

@@ -31,7 +31,7 @@ class MMapDataModule(pl.LightningDataModule):
 
     def __init__(self, datamodule: Any, val_dataloaders: Any = None, **options: Any) -> None:
         super().__init__()
-        self.mapped_config: DataConfig = checked(parse(DataConfig, options, "data"))
+        self.mapped_config: DataConfig = checked(parse(DataConfig, options, "mapped_data"))
         install()
         if not isinstance(datamodule, pl.LightningDataModule):
             datamodule = _Loaders(datamodule, val_dataloaders)

@@ -50,9 +50,9 @@ def use_mapped_data(**options: Any) -> None:
 
 def checked(options: Mapping[str, Any] | DataConfig | None) -> DataConfig:
     """The options, once what they need is there."""
-    config = parse(DataConfig, options, "data")
+    config = parse(DataConfig, options, "mapped_data")
     if config.directory is not None:
-        checks.writable(config.directory, "data.directory")
+        checks.writable(config.directory, "mapped_data.directory")
     if config.encryption:
         new_key()
     return config

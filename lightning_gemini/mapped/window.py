@@ -61,7 +61,7 @@ class Window:
         """Wait until `size` more bytes are within the limit. Raises `ValueError` where they never will be. False when it is over."""
         if size > self.limit:
             need = -(-size >> 20)
-            raise ValueError(f"data.size_limit_mib={self.limit >> 20} cannot hold one batch of {size} bytes: give {need} or more")
+            raise ValueError(f"mapped_data.size_limit_mib={self.limit >> 20} cannot hold one batch of {size} bytes: give {need} or more")
         with self._changed:
             self._changed.wait_for(lambda: self._over or self._fits(size))
             return not self._over

@@ -57,6 +57,15 @@ class Link:
         self._thread = threading.Thread(target=self._listen, name="lightning-gemini-link", daemon=True)
         self._thread.start()
 
+    @property
+    def agent_pid(self) -> int:
+        """Process id of the agent."""
+        return self._agent_pid
+
+    def forget(self) -> None:
+        """In a forked child that must not pass for this rank: close what it inherited."""
+        self._channel.close()
+
     # ---- asking
 
     def send(self, message: FromRank) -> None:

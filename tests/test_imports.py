@@ -86,6 +86,7 @@ FORBIDDEN = {
     ],
     "snapshot": ["recovery", "agent", "strategy", "hooks", "callback", "launcher", "compat", "data", "config"],
     "state": ["recovery", "agent", "snapshot", "rendezvous", "peers", "strategy", "hooks", "callback", "launcher", "config"],
+    "datasets": ["agent", "recovery", "snapshot", "state", "peers", "rendezvous", "strategy", "hooks", "callback", "launcher", "compat"],
     "data": ["recovery", "agent", "snapshot", "rendezvous", "strategy", "hooks", "callback", "launcher", "compat", "config"],
     "peers": ["recovery", "agent", "snapshot", "state", "rendezvous", "strategy", "hooks", "callback", "launcher", "compat", "data"],
     "rendezvous": ["recovery", "strategy", "hooks", "callback", "launcher", "compat", "data"],

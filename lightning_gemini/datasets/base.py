@@ -11,6 +11,7 @@ for one sample is one in `setup`.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -53,6 +54,9 @@ class WindowsDataModule(pl.LightningDataModule):
         self.sequence_length, self.batch_size, self.num_workers = sequence_length, batch_size, num_workers
         self.shuffle, self.seed, self.pin_memory = shuffle, seed, pin_memory
         self._windows: dict[str, TokenWindows] = {}
+        if val is None and type(self).val_dataloader is WindowsDataModule.val_dataloader:
+            # Lightning's own, as if there were none here: it would warn of a validation without data, or of data without a validation.
+            self.val_dataloader = partial(pl.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
 
     def _store(self, role: str) -> TokenStore:
         raise NotImplementedError

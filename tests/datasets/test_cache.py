@@ -141,7 +141,8 @@ def test_a_bad_cache_is_refused_and_made_again(
 
 def test_a_manifest_of_another_key_or_format(cache: Path, source: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = part(cache, "json")
-    for change in ({"key": "0" * 32}, {"format": 0}, {"bin": 1}, {"idx": {}}, {"verified": 3}):
+    changes: tuple[dict[str, Any], ...] = ({"key": "0" * 32}, {"format": 0}, {"bin": 1}, {"idx": {}}, {"verified": 3})
+    for change in changes:
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
         assert tokens(build(cache, source)) == DOCUMENTS
     assert caplog.text.count("token cache refused") == 5

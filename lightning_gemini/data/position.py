@@ -7,8 +7,8 @@ data is skipped through its batch sampler without reading; other data is read an
 
 The generators are the global ones and those that the loader, its samplers and its data set hold.
 
-Not covered: random augmentation inside loader *workers* of a map-style data set (their generators live in the workers); iterable data
-without workers whose *order* depends on what else draws from the global generators between two batches.
+Generators of the loader's workers: see `workers`. Not covered: iterable data without workers whose *order* depends on what else draws from
+the global generators between two batches.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_gemini.data.workers import Trace, traceable, untraced
 from lightning_gemini.state import rng
 
 _CPU = torch.device("cpu")
@@ -42,6 +43,7 @@ class PositionedLoader:
         self._own: deque[Any] = deque(maxlen=READ_AHEAD + 1)
         """What the loader itself says about the place before each of the newest fetches."""
         self._keeps_state = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+        self._trace = Trace(loader, READ_AHEAD) if traceable(loader) else None
         self._reused = False
         self._begin: dict[str, Any] | None = None
         self._generators: dict[str, Any] = {}
@@ -59,7 +61,11 @@ class PositionedLoader:
         fetches = list(self._at_fetch)[-(ahead + 1) :]
         own = list(self._own)[-(ahead + 1)] if len(self._own) > ahead else None
         at = {"at_iter": self._at_iter, "at_first": self._at_first, "at_fetch": fetches, "loader": own}
-        return {"count": self._count - ahead, "reused": self._reused, **at}
+        return {"count": self._count - ahead, "reused": self._reused, "workers": self.workers_at(self._count - ahead - 1), **at}
+
+    def workers_at(self, number: int) -> list[bytes | None] | None:
+        """What the workers' generators were when they were to make batch `number`; None without workers, or without need to know."""
+        return self._trace.at(number) if self._trace is not None and number >= 0 else None
 
     def own_state(self) -> Any:
         """The state of a loader that keeps one; None otherwise."""
@@ -83,8 +89,19 @@ class PositionedLoader:
         if begin is not None and begin["at_iter"]:
             self._restore(begin["at_iter"])
         self._count, self._at_iter = 0, self.capture()
-        self._reused = getattr(self._loader, "_iterator", None) is not None  # persistent workers: the iterator of the last epoch goes on
-        return self._recorded(iter(self._loader), begin["at_fetch"] if begin else [])
+        loader = self._loader if self._trace is None else self._trace.loader
+        self._reused = getattr(loader, "_iterator", None) is not None  # persistent workers: the iterator of the last epoch goes on
+        if self._trace is not None:
+            self._trace.begin(reused=self._reused)
+        return self._recorded(self._started(loader, 0), begin["at_fetch"] if begin else [])
+
+    def _started(self, loader: Any, first: int) -> Iterator[Any]:
+        inner = iter(loader)
+        if loader is not self._loader:
+            self._loader._iterator = loader._iterator  # persistent workers: whoever ends the loader ends them
+            if self._trace is not None:
+                self._trace.loader._iterator = loader._iterator
+        return untraced(inner, self._trace, first)
 
     def capture(self) -> dict[str, Any]:
         """The generators now: the global ones and those held by the loader."""
@@ -123,12 +140,8 @@ class PositionedLoader:
         if begin.get("loader") is not None:
             loader.load_state_dict(begin["loader"])
             inner = iter(loader)
-        elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_sampler is not None:
-            sampler = _Skipping(loader.batch_sampler, skip, functools.partial(self._at_draw, begin, bool(workers)))
-            clone = copy.copy(loader)
-            object.__setattr__(clone, "batch_sampler", sampler)  # DataLoader refuses a new sampler, but reads it only in iter()
-            inner = iter(clone)
-            loader._iterator = clone._iterator  # persistent workers serve the next epochs, as the original's do
+        elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+            inner = self._skipped(begin, skip)
         else:
             inner = iter(loader)
             if not workers:
@@ -138,6 +151,20 @@ class PositionedLoader:
             self._restore(begin["at_fetch"][0])
         self._count = skip
         yield from self._recorded(inner, begin["at_fetch"])
+
+    def _skipped(self, begin: dict[str, Any], skip: int) -> Iterator[Any]:
+        trace = self._trace
+        first = skip if trace is None else trace.first_of(skip)
+        clone = copy.copy(self._loader if trace is None else trace.loader)
+        name = "sampler" if clone.batch_sampler is None else "batch_sampler"
+        sampler = _Skipping(getattr(clone, name), first, functools.partial(self._at_draw, begin, clone.num_workers > 0))
+        object.__setattr__(clone, name, sampler)  # DataLoader refuses a new sampler, but reads it only in iter()
+        if trace is not None:
+            trace.resume(clone, begin["workers"], skip)
+        inner = self._started(clone, first)
+        for _ in range(skip - first):
+            next(inner)
+        return inner
 
     def _at_draw(self, begin: dict[str, Any], workers: bool, *, skipped: bool) -> None:
         """Called before the sampler gives the first batch, and before it gives the one resumed."""
@@ -164,6 +191,7 @@ class _Skipping:
             for _ in range(self._skip):
                 next(batches)
             at_draw(skipped=True)
+            del at_draw  # it leads back to the loader, and the loader to whoever iterates here
         yield from batches
 
     def __len__(self) -> int:

@@ -161,7 +161,9 @@ class Feeder:
         return self.window.wait_until_wanted()
 
     def _put(self, loader: PositionedLoader, batch: Any) -> None:
-        record = encode({"position": loader.position(), "after": {**loader.capture(), "loader": loader.own_state()}})
+        position = loader.position()
+        after = {**loader.capture(), "loader": loader.own_state(), "workers": loader.workers_at(position["count"])}
+        record = encode({"position": position, "after": after})
         parts = encode(batch)
         if self.window.wait_for_room(size_of(parts) + size_of(record)):
             self.window.add(Entry(self._shelf.put(parts), Shelf(None).put(record)))

@@ -250,8 +250,9 @@ def _no_feed() -> Feed | None:
 
 def _after(record: Any) -> dict[str, Any]:
     """The position whose batch is the one after `record`'s."""
-    position = record["position"]
-    return {**position, "count": position["count"] + 1, "at_fetch": [record["after"]], "loader": record["after"].get("loader")}
+    position, after = record["position"], record["after"]
+    own = {"loader": after["loader"], "workers": after["workers"]}
+    return {**position, "count": position["count"] + 1, "at_fetch": [after], **own}
 
 
 def _bound(name: str) -> socket.socket | None:

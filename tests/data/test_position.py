@@ -162,10 +162,21 @@ def test_resumed_twice(make: Make) -> None:
         position, state = pickle.loads(pickle.dumps((loader.position(), rng.capture(CPU))))
 
 
+def reseed(worker: int) -> None:
+    """As users do."""
+    random.seed(100 + worker)
+    np.random.seed(torch.initial_seed() % 2**32)
+
+
 WITH_WORKERS: dict[str, Make] = {
     "map": lambda: DataLoader(Samples(16), batch_size=4, shuffle=True, num_workers=2),
     "stream": lambda: DataLoader(Stream(16), batch_size=4, num_workers=2),
     "persistent": lambda: DataLoader(Samples(16), batch_size=4, shuffle=True, num_workers=2, persistent_workers=True),
+    "augmented": lambda: DataLoader(Samples(20, noise=True), batch_size=4, shuffle=True, num_workers=2),
+    "augmented, three": lambda: DataLoader(Samples(20, noise=True), batch_size=4, num_workers=3, worker_init_fn=reseed),
+    "augmented, persistent": lambda: DataLoader(Samples(20, noise=True), batch_size=4, num_workers=2, persistent_workers=True),
+    "a generator in the data set": lambda: DataLoader(Crops(), batch_size=5, shuffle=True, num_workers=2, persistent_workers=True),
+    "no batches": lambda: DataLoader(Samples(5, noise=True), batch_size=None, num_workers=2, persistent_workers=True),
 }
 
 
@@ -173,7 +184,7 @@ WITH_WORKERS: dict[str, Make] = {
 def test_with_workers(make: Make) -> None:
     """Also the epochs after the one that was entered in the middle."""
     batches, snapshots = undisturbed(make, epochs=3)
-    for k in (2, 4, 6):
+    for k in (0, 1, 2, 4, 6, 7, 9, 11):
         epoch = batches[k][0]
         position, state = pickle.loads(snapshots[k])
         loader = PositionedLoader(make())

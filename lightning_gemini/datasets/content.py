@@ -46,7 +46,10 @@ class Contents:
         known = self._known.get(name)
         if known is not None and known[:3] == mark:
             return str(known[3])
-        digest = hash_file(path)
+        try:
+            digest = hash_file(path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
         if _real(path)[1] != mark:
             raise ValueError(f"{path} changed while it was read: begin when it is complete")
         self._known[name] = [*mark, digest]
@@ -77,12 +80,9 @@ class Contents:
 
 def hash_file(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

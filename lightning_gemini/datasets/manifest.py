@@ -7,12 +7,14 @@ What is checked when a cache is opened: the three files are plain files of ours 
 checksum. (A disk and a page cache go wrong between writing and reading, not between two epochs; 100 GB take a minute.) The boots that
 have verified it are noted in the manifest, with the .bin's inode and times: a .bin written since is verified again.
 
-Failures: anything amiss is `Refused`; a note that cannot be written (a read-only directory) means verifying again next time.
+Failures: anything amiss with the cache is `Refused`; no more descriptors or memory is the system's `OSError`, and the cache stays; a note
+that cannot be written (a read-only directory) means verifying again next time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from lightning_gemini.datasets.indexed import IndexedDataset
 
 FORMAT = 1
 _BOOTS = 64
+_OUR_OWN = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Nothing is wrong with the cache: this process, or this machine, has run out of something."""
 _PARTS = ("bin", "idx")
 
 
@@ -43,8 +47,8 @@ def opened(directory: Path, key: str, verify: bool) -> IndexedDataset | None:
     path = directory / f"{key}.json"
     if not path.is_symlink() and not path.exists():
         return None
-    manifest = _read(path, key)
     try:
+        manifest = _read(path, key)
         for name in _PARTS:
             _check_file(directory / f"{key}.{name}", manifest[name]["size"])
         _check_content(directory / f"{key}.idx", manifest["idx"]["xxh3"])
@@ -57,15 +61,17 @@ def opened(directory: Path, key: str, verify: bool) -> IndexedDataset | None:
     except (KeyError, TypeError, AttributeError) as error:
         raise Refused(f"{path} is garbled") from error
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _OUR_OWN:
+            raise
         raise Refused(str(error)) from error
 
 
 def _read(path: Path, key: str) -> dict[str, Any]:
+    if wrong := files.why_foreign(path):
+        raise Refused(wrong)
     try:
-        if wrong := files.why_foreign(path):
-            raise Refused(wrong)
         manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise Refused(f"{path} is garbled: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("key") != key:
         raise Refused(f"{path} is of another format or key")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pickle
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from lightning_gemini.datasets.cache import Limits, Recipe, build_or_open
 from lightning_gemini.datasets.content import Contents
 from lightning_gemini.datasets.indexed import IndexedDataset
 from lightning_gemini.datasets.store import TokensInMemory
-from tests.datasets.helpers import DOCUMENTS, build, produce, recipe, tokens
+from tests.datasets.helpers import DOCUMENTS, build, ended, fork, produce, recipe, tokens
 
 
 def never() -> Iterator[Any]:
@@ -179,6 +181,31 @@ def test_a_folder_of_another_user(tmp_path: Path, source: Path) -> None:
     with pytest.raises(ValueError, match="cache_directory=.* belongs to user 65534, neither to us .* choose another one"):
         build(folder, source)
     assert not list(folder.iterdir())
+
+
+def test_a_process_without_descriptors_does_not_blame_the_cache(cache: Path, source: Path) -> None:
+    """At each of its opens in turn; with the limit of a real process."""
+
+    def body() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+        taken = []
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        failures = 0
+        while failures < 8:
+            try:
+                assert tokens(build(cache, source, never)) == DOCUMENTS
+                break
+            except (OSError, ValueError) as error:
+                assert "Too many open files" in str(error)
+            failures += 1
+            os.close(taken.pop())
+        assert 2 <= failures < 8
+
+    before = {path.name: path.stat().st_ino for path in cache.iterdir()}
+    assert ended(fork(body)) == 0
+    assert {path.name: path.stat().st_ino for path in cache.iterdir()} == before
 
 
 def test_a_producer_that_fails_leaves_nothing(tmp_path: Path, source: Path) -> None:

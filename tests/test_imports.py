@@ -86,8 +86,24 @@ FORBIDDEN = {
     ],
     "snapshot": ["recovery", "agent", "strategy", "hooks", "callback", "launcher", "compat", "data", "config"],
     "state": ["recovery", "agent", "snapshot", "rendezvous", "peers", "strategy", "hooks", "callback", "launcher", "config"],
-    "datasets": ["agent", "recovery", "snapshot", "state", "peers", "rendezvous", "strategy", "hooks", "callback", "launcher", "compat"],
     "data": ["recovery", "agent", "snapshot", "rendezvous", "strategy", "hooks", "callback", "launcher", "compat", "config"],
+    "mapped": ["recovery", "agent", "snapshot", "rendezvous", "peers", "strategy", "hooks", "callback", "launcher", "datasets"],
+    "datasets": [
+        "recovery",
+        "agent",
+        "snapshot",
+        "state",
+        "rendezvous",
+        "peers",
+        "strategy",
+        "hooks",
+        "callback",
+        "launcher",
+        "compat",
+        "data",
+        "mapped",
+        "config",
+    ],
     "peers": ["recovery", "agent", "snapshot", "state", "rendezvous", "strategy", "hooks", "callback", "launcher", "compat", "data"],
     "rendezvous": ["recovery", "strategy", "hooks", "callback", "launcher", "compat", "data"],
     "recovery": ["strategy", "hooks", "callback", "launcher", "environment", "faults", "checks"],
@@ -137,6 +153,8 @@ def test_only_declared_dependencies() -> None:
     declared = {"torch", "lightning", "hydra", "omegaconf", "msgspec", "xxhash", "psutil", "numpy"}
     declared |= {"torchmetrics"}  # comes with lightning
     declared |= {"etcd3gw"}  # the extra `etcd`, imported when rendezvous.etcd is set
+    declared |= {"cryptography"}  # the extra `encryption`, imported when mapped_data.encryption is set
+    declared |= {"pyarrow", "tokenizers"}  # the extra `data`, imported by the data modules that need them
     for module in sorted(MODULES):
         others = {top(name) for name in imports(module)} - set(sys.stdlib_module_names) - {NAME}
         assert others <= declared, f"{module} imports {others - declared}"

@@ -15,17 +15,20 @@ from lightning_gemini import config
 from lightning_gemini.data.position import PositionedLoader
 
 PUBLIC = [
+    "DataConfig",
     "FaultConfig",
     "GeminiCallback",
     "GeminiConfig",
     "GeminiFSDP2Strategy",
     "GeminiStrategy",
+    "MMapDataModule",
     "RecoveryConfig",
     "RendezvousConfig",
     "SnapshotConfig",
     "TelemetryConfig",
     "__version__",
     "init_process_group",
+    "use_mapped_data",
     "use_peer_rendezvous",
 ]
 REQUIRED = "(required)"
@@ -57,6 +60,14 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "token_file": ("str | None", None),
         "etcd": ("str | None", None),
     },
+    "DataConfig": {
+        "prefetch_length": ("int", 10),
+        "lookback_length": ("int", 2),
+        "directory": ("str | None", None),
+        "size_limit_mib": ("int", 2048),
+        "encryption": ("bool", False),
+        "share": ("bool", True),
+    },
     "FaultConfig": {
         "kind": ("str", REQUIRED),
         "rank": ("int", REQUIRED),
@@ -78,6 +89,7 @@ SIGNATURES = {
     "RecoveryConfig": [f"*{name}" for name in OPTIONS["RecoveryConfig"]],
     "RendezvousConfig": [f"*{name}" for name in OPTIONS["RendezvousConfig"]],
     "TelemetryConfig": [f"*{name}" for name in OPTIONS["TelemetryConfig"]],
+    "DataConfig": [f"*{name}" for name in OPTIONS["DataConfig"]],
     "FaultConfig": [f"*{name}" for name in OPTIONS["FaultConfig"]],
     "GeminiConfig": [f"*{name}" for name in OPTIONS["GeminiConfig"]],
 }

@@ -55,7 +55,7 @@ def main(cfg: DictConfig) -> None:
     model = Model()
     trainer.fit(model, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(64, 32)), batch_size=4))
     seen = {"losses": model.losses, "parameters": digest(model), "tcpstore": uses(int(os.environ["MASTER_PORT"])),
-            "ours": "lightning_gemini" in sys.modules}  # fmt: skip
+            "ours": "lightning_gemini" in sys.modules, "loader": type(trainer.train_dataloader).__name__}  # fmt: skip
     (Path(cfg.directory) / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
 
 

@@ -1,4 +1,4 @@
-"""`+data=mmap` on the command line of a script that knows nothing of us: the same bits from a loader process; wrong options end it at once."""
+"""`+data=mmap` on the command line of a script that knows nothing of us: the same bits from loader processes; wrong options end it."""
 
 from __future__ import annotations
 

@@ -161,7 +161,8 @@ def test_another_number_of_ranks(tmp_path: Path, whole: tuple[str, Result]) -> N
     make, world = DATA[name]
     other = 3 - world
     refused = f"was saved in the middle of an epoch by {world} ranks, this job has {other}: resume it with {world}"
-    for step, message in {4: refused, 6: None}.items():
+    at_end = refused if name == "combined" else None  # a stream: that its sixth batch was the last is known only later
+    for step, message in {4: refused, 6: at_end}.items():
         directory, checkpoint = tmp_path / str(step), expected.directory / "ckpt" / f"step={step}.ckpt"
         strategy = DDPStrategy() if other > 1 else "auto"
         result = run_plain(directory, lambda d=directory, c=checkpoint, s=strategy: train(d, make, other, c, s), other)  # type: ignore[misc]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.common import CHECK_HEADER, ROOT, Check, load, options, progress, table
 
-SCRIPTS = ("rendezvous", "reform", "recovery", "snapshot_cost", "endurance")
+SCRIPTS = ("rendezvous", "reform", "recovery", "snapshot_cost", "endurance", "data")
 
 
 def _run(script: str, quick: bool, output: Path | None, checks: Path) -> list[Check] | None:

@@ -22,20 +22,24 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_gemini.data.parts import held_by, restore_scalars, scalars
 from lightning_gemini.data.workers import Trace, traceable, untraced
 from lightning_gemini.state import rng
 
 _CPU = torch.device("cpu")
 READ_AHEAD = 4
 """Batches that a loop may read ahead; Lightning's reads one where the data has no length."""
-_PARTS = ("dataset", "sampler", "batch_sampler", "_sampler")
 
 
 class PositionedLoader:
-    """Stands for the user's loader; every attribute is the loader's own."""
+    """Stands for the user's loader; every attribute is the loader's own.
 
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
+    With `scalars` a position also has the plain values that data set and samplers keep as attributes: counters of their epochs, for
+    instance. For a process in which nothing but the loader changes them.
+    """
+
+    def __init__(self, loader: Any, *, scalars: bool = False) -> None:
+        self._loader, self._scalars = loader, scalars
         self._count = 0
         self._at_iter: dict[str, Any] | None = None
         self._at_first: dict[str, Any] | None = None
@@ -104,12 +108,14 @@ class PositionedLoader:
         return untraced(inner, self._trace, first)
 
     def capture(self) -> dict[str, Any]:
-        """The generators now: the global ones and those held by the loader."""
-        return {"global": rng.capture(_CPU), "held": rng.capture_private(self._generators)}
+        """The generators now, the global ones and those held by the loader; and the scalars, where they are asked for."""
+        state = {"global": rng.capture(_CPU), "held": rng.capture_private(self._generators)}
+        return state | {"scalars": scalars(self._loader)} if self._scalars else state
 
     def _restore(self, state: dict[str, Any]) -> None:
         rng.restore(state["global"], _CPU)
         rng.restore_private(self._generators, state["held"])
+        restore_scalars(self._loader, state.get("scalars", {}))
 
     def _recorded(self, inner: Iterator[Any], states: list[dict[str, Any]]) -> Iterator[Any]:
         """`states` are those of the first fetches, as recorded."""
@@ -196,19 +202,3 @@ class _Skipping:
 
     def __len__(self) -> int:
         return len(self._sampler)
-
-
-def held_by(loader: Any) -> dict[str, Any]:
-    """Generators held by the loader and by what it is made of."""
-    found: dict[str, Any] = {}
-    seen: set[int] = set()
-
-    def visit(path: str, holder: Any) -> None:
-        if holder is not None and id(holder) not in seen:
-            seen.add(id(holder))
-            found.update({f"{path}{name}": generator for name, generator in rng.held_by(holder).items()})
-            for part in _PARTS:
-                visit(f"{path}{part}.", getattr(holder, "__dict__", {}).get(part))
-
-    visit("", loader)
-    return found

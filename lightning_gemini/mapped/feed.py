@@ -9,6 +9,7 @@ position; the batch is older than what is kept -> `BatchGone`, likewise; the use
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from typing import Any
@@ -85,13 +86,15 @@ class Feed:
     def _receive(self) -> tuple[wire.FromFeeder, list[int]]:
         while True:
             try:
-                data, descriptors, _, _ = socket.recv_fds(self._sock, wire.MAX_BYTES, 2)
+                data, descriptors, flags, _ = socket.recv_fds(self._sock, wire.MAX_BYTES, 2)
             except TimeoutError:
                 continue
             except OSError as error:
                 raise FeederLost(str(error)) from None
             if not data:
                 raise FeederLost("it has ended")
+            if flags & socket.MSG_CTRUNC:
+                raise OSError(errno.EMFILE, "no file descriptor is left for the next batch: raise the limit (ulimit -n)")
             return wire.decode_from_feeder(data), descriptors
 
     def _send(self, message: wire.FromRank) -> None:

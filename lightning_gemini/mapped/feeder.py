@@ -144,7 +144,7 @@ class Feeder:
     def _produce(self) -> None:
         task = self.task
         name_samples(task.loader)
-        loader = PositionedLoader(task.loader)
+        loader = PositionedLoader(task.loader, scalars=True)
         loader.begin_at(task.begin)
         if self._wait():
             batches = iter(loader)
@@ -186,6 +186,7 @@ class Feeder:
         while len(self._left) < self.task.ranks:
             for key, _ in self._selector.select(_TICK_S):
                 key.data()
+        self._listener.close()
         self.window.end()
         self._made.wait(_GRACE_S)
         self._end_at_once()
@@ -224,6 +225,7 @@ class Feeder:
                 self._push(reader)
             case wire.Bye(member=member):
                 self._left.add(member)
+                self.window.leave(member)
                 self._forget(reader)
             case _:
                 self._forget(reader)

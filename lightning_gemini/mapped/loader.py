@@ -9,6 +9,9 @@ Random numbers: the feeder begins with this process's generators, and this proce
 seed of the workers and of the shuffle). So training draws the same numbers as with the bare loader, unless the data draws from the global
 generators in the main process for each sample (augmentation with num_workers=0): that no longer mixes with the draws of training.
 
+What data set and samplers count in plain attributes (`self.epoch += 1`) is taken over too; other state that they build up stays in the
+feeder, and so does what this process changes in them after the first batch of an epoch.
+
 Failures: the feeder is lost or no longer keeps the batch -> another one is started at the position, which skips what was used; lost
 `_MOST_LOSSES` times without a batch in between -> `RuntimeError`.
 """
@@ -31,7 +34,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 from lightning_gemini.config import DataConfig
-from lightning_gemini.data.position import READ_AHEAD, PositionedLoader, held_by
+from lightning_gemini.data.parts import changed, held_by, restore_scalars
+from lightning_gemini.data.position import READ_AHEAD, PositionedLoader
 from lightning_gemini.forks import not_in_children
 from lightning_gemini.mapped import checkpoint, wire
 from lightning_gemini.mapped.feed import BatchGone, Feed, FeederLost
@@ -180,6 +184,7 @@ class MappedLoader(PositionedLoader):
                         f"the loader process was lost {losses} times before batch {self._count} was there: {error}"
                     ) from None
                 log.warning("rank %s lost its loader process before batch %s: another is started", self._stream.member, self._count)
+                time.sleep(_RETRY_S * losses)  # its name may be taken for a moment
                 continue
             losses = 0
             self._take(record)
@@ -187,11 +192,11 @@ class MappedLoader(PositionedLoader):
             yield _pinned(batch) if self._pin else batch
 
     def _take(self, record: Any) -> None:
-        began = record["position"]["at_iter"]["global"]
-        if (
-            self._count == 0 and self._at_iter is not None and began == self._at_iter["global"]
-        ):  # of this rank, or of one that draws the same
+        position, at_iter = record["position"], self._at_iter
+        same = at_iter is not None and position["at_iter"]["global"] == at_iter["global"]
+        if self._count == 0 and same:  # the feeder began with this rank's generators, or with equal ones
             rng.restore(record["after"]["global"], _CPU)
+        restore_scalars(self._loader, changed(position["at_iter"]["scalars"], record["after"]["scalars"]))
         self._records.append(record)
         self._count += 1
         if self._count > self._config.lookback_length + READ_AHEAD:
@@ -235,6 +240,10 @@ class MappedLoader(PositionedLoader):
                 raise RuntimeError(f"the name of the loader process {self._name!r} is taken by one that does not answer")
             time.sleep(_RETRY_S)
 
+    def __del__(self) -> None:
+        if "_previous_feed" in vars(self):
+            self.close()
+
     def close(self, *, bye: bool = True) -> None:
         """Stop reading. With `bye` this rank needs nothing more; the loader process ends when all its ranks have said so."""
         self._drop_feed(bye=bye)
@@ -242,6 +251,7 @@ class MappedLoader(PositionedLoader):
             self._release_previous()
         elif self._previous_feed is not None:
             self._previous_feed.close(bye=False)
+        self._previous, self._previous_feed = "", None
 
 
 def _no_feed() -> Feed | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,7 +33,8 @@ class _Process:
 
     config: DataConfig | None = None
     job = uuid.uuid4().hex
-    loaders: list[MappedLoader] = []
+    loaders: weakref.WeakSet[MappedLoader] = weakref.WeakSet()
+    """Alive: one that the Trainer has replaced says good-bye when it is dropped."""
 
 
 def use_mapped_data(**options: Any) -> None:
@@ -79,8 +81,8 @@ def install() -> None:
 
 def close_all(*, bye: bool = True) -> None:
     """Training is over: no loader process is needed. Without `bye` this process is about to read from them again."""
-    while _Process.loaders:
-        _Process.loaders.pop().close(bye=bye)
+    for loader in list(_Process.loaders):
+        loader.close(bye=bye)
 
 
 def _wrapped(strategy: Strategy, loader: object) -> object:
@@ -93,7 +95,7 @@ def _wrapped(strategy: Strategy, loader: object) -> object:
     make_owner: Callable[[], Owner] | None = getattr(strategy, "loader_owner", None)
     owner = make_owner() if make_owner is not None else Owner(os.getpid())
     mapped = MappedLoader(loader, config, _stream(trainer, config, recovers=make_owner is not None), owner)
-    _Process.loaders.append(mapped)
+    _Process.loaders.add(mapped)
     return mapped
 
 

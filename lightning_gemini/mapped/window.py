@@ -1,7 +1,7 @@
 """The batches a feeder keeps: some ahead of the rank that is furthest, some behind the one that is last.
 
-Seam: the producer calls `wait_for_room`, then `add`; the server moves the ranks' positions (`attach`, `want`) and asks `batch`. Sizes in
-bytes, batches by their number in the epoch. Thread-safe.
+Seam: the producer calls `wait_for_room`, then `add`; the server moves the ranks' positions (`attach`, `want`, `leave`) and asks `batch`.
+Sizes in bytes, batches by their number in the epoch. Thread-safe.
 
 What yields to what under the size limit: batches ahead wait for room; a batch that some rank waits for drops those behind, which can be
 made again. A single batch above the limit is an error that says so.
@@ -46,6 +46,7 @@ class Window:
         """The most bytes ever kept."""
         self._entries: dict[int, Entry] = {}
         self._wanted: dict[int, int] = {}
+        self._left: set[int] = set()
         self.lock = self._changed = threading.Condition()
         self._over = False
 
@@ -89,6 +90,7 @@ class Window:
         with self._changed:
             if number < self.next and number not in self._entries:
                 return False
+            self._left.discard(member)
             self._wanted[member] = number
             self._changed.notify_all()
             return True
@@ -99,6 +101,13 @@ class Window:
             self._wanted[member] = max(number, self._wanted.get(member, self.first))
             for old in [old for old in self._entries if old < self._slowest() - self.behind]:
                 self._drop(old)
+            self._changed.notify_all()
+
+    def leave(self, member: int) -> None:
+        """A rank needs nothing more from here."""
+        with self._changed:
+            self._left.add(member)
+            self._wanted.pop(member, None)
             self._changed.notify_all()
 
     def batch(self, number: int) -> Entry | None:
@@ -117,7 +126,7 @@ class Window:
         return max(self._wanted.values(), default=self.first)
 
     def _slowest(self) -> int:
-        return min(self._wanted.values()) if len(self._wanted) >= self.ranks else self.first
+        return min(self._wanted.values(), default=self.next) if len(self._wanted) + len(self._left) >= self.ranks else self.first
 
     def _drop(self, number: int) -> None:
         entry = self._entries.pop(number)

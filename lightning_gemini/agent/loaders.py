@@ -10,7 +10,9 @@ import contextlib
 import os
 import select
 import signal
+import time
 
+_GRACE_S = 3.0
 _LIMIT_S = 5.0
 
 
@@ -35,15 +37,18 @@ class Loaders:
             os.close(self._pidfds.pop(pid))
 
     def end(self) -> None:
-        """Kill all, and wait until they are gone."""
+        """Ask all to end their workers and themselves, kill those that do not, and wait until they are gone."""
         self._sweep()
-        for pid in self._pidfds:  # none of these numbers can have been given to another process yet
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-        while self._pidfds:
-            _, pidfd = self._pidfds.popitem()
-            _has_ended(pidfd, _LIMIT_S)
+        for pidfd in self._pidfds.values():
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_S
+        for pid, pidfd in self._pidfds.items():
+            if not _has_ended(pidfd, max(0.0, deadline - time.monotonic())):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)  # its number cannot have been given to another process yet
+                _has_ended(pidfd, _LIMIT_S)
             os.close(pidfd)
+        self._pidfds.clear()
 
 
 def _has_ended(pidfd: int, timeout_s: float) -> bool:

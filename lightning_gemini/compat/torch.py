@@ -107,3 +107,14 @@ def reshard_fsdp(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def shared_memory(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """(descriptor, bytes) of the shared memory that a tensor from a loader's worker lies in; None where it does not, or has no descriptor.
+    The descriptor is the storage's own: duplicate it to keep it."""
+    storage = tensor.untyped_storage()
+    strategy = torch.multiprocessing.get_sharing_strategy()  # type: ignore[no-untyped-call]
+    if not storage.is_shared() or strategy != "file_descriptor":
+        return None
+    fd, size = storage._share_fd_cpu_()
+    return int(fd), int(size)

@@ -33,29 +33,26 @@ def held_by(loader: Any) -> dict[str, Any]:
     return {f"{path}{name}": generator for path, part in parts(loader) for name, generator in rng.held_by(part).items()}
 
 
-def scalars(loader: Any) -> dict[str, dict[str, Any]]:
-    """Plain attributes of the parts, but not of the loader itself, whose are settings."""
-    return {
-        path: {name: value for name, value in getattr(part, "__dict__", {}).items() if type(value) in _SCALARS}
-        for path, part in parts(loader)
-        if path
-    }
+def counting(loader: Any) -> dict[str, dict[str, Any]]:
+    """The attributes of data set and samplers, live, by part. (Those of the loader itself are settings.)"""
+    return {path: vars(part) for path, part in parts(loader) if path and hasattr(part, "__dict__")}
 
 
-def restore_scalars(loader: Any, values: dict[str, dict[str, Any]]) -> None:
-    """Put `scalars` back."""
-    for path, part in parts(loader):
-        for name, value in values.get(path, {}).items():
-            if getattr(part, "__dict__", {}).get(name, value) != value:
-                setattr(part, name, value)
+def scalars(attributes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The plain values among `counting`."""
+    return {path: {name: value for name, value in own.items() if type(value) in _SCALARS} for path, own in attributes.items()}
+
+
+def restore_scalars(attributes: dict[str, dict[str, Any]], values: dict[str, dict[str, Any]]) -> None:
+    """Put `scalars` back into `counting`."""
+    for path, own in values.items():
+        attributes.get(path, {}).update(own)
 
 
 def changed(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What of `after` differs from `before`."""
     return {
-        path: {name: value for name, value in values.items() if before.get(path, {}).get(name, _MISSING) != value}
-        for path, values in after.items()
+        path: {name: value for name, value in own.items() if name not in before[path] or before[path][name] != value}
+        for path, own in after.items()
+        if before.get(path) != own and path in before
     }
-
-
-_MISSING = object()

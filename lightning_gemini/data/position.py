@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gemini.data.parts import held_by, restore_scalars, scalars
+from lightning_gemini.data.parts import counting, held_by, restore_scalars, scalars
 from lightning_gemini.data.workers import Trace, traceable, untraced
 from lightning_gemini.state import rng
 
@@ -39,7 +39,8 @@ class PositionedLoader:
     """
 
     def __init__(self, loader: Any, *, scalars: bool = False) -> None:
-        self._loader, self._scalars = loader, scalars
+        self._loader = loader
+        self._counting = counting(loader) if scalars else {}
         self._count = 0
         self._at_iter: dict[str, Any] | None = None
         self._at_first: dict[str, Any] | None = None
@@ -51,6 +52,7 @@ class PositionedLoader:
         self._reused = False
         self._begin: dict[str, Any] | None = None
         self._generators: dict[str, Any] = {}
+        self._carried: dict[str, Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "_loader":  # unpickling asks before it is there
@@ -110,12 +112,17 @@ class PositionedLoader:
     def capture(self) -> dict[str, Any]:
         """The generators now, the global ones and those held by the loader; and the scalars, where they are asked for."""
         state = {"global": rng.capture(_CPU), "held": rng.capture_private(self._generators)}
-        return state | {"scalars": scalars(self._loader)} if self._scalars else state
+        return state | {"scalars": scalars(self._counting)} if self._counting else state
+
+    def carry(self) -> dict[str, Any]:
+        """`capture`, where nothing will change before the next batch is asked for: it is not captured again then."""
+        self._carried = self.capture()
+        return self._carried
 
     def _restore(self, state: dict[str, Any]) -> None:
         rng.restore(state["global"], _CPU)
         rng.restore_private(self._generators, state["held"])
-        restore_scalars(self._loader, state.get("scalars", {}))
+        restore_scalars(self._counting, state.get("scalars", {}))
 
     def _recorded(self, inner: Iterator[Any], states: list[dict[str, Any]]) -> Iterator[Any]:
         """`states` are those of the first fetches, as recorded."""
@@ -124,7 +131,8 @@ class PositionedLoader:
             state = next(known, None)
             if state is not None:
                 self._restore(state)
-            state, own = self.capture(), self.own_state() if self._count else None
+            state, self._carried = self._carried or self.capture(), None
+            own = self.own_state() if self._count else None
             if self._count == 0:
                 self._at_first = state
             try:

@@ -4,8 +4,11 @@ Seam: `encode(value)` gives parts to write one after the other; `decode(buffer)`
 numpy arrays lie in it raw, aligned to 64 bytes; the rest (structure, strings, numbers, None, objects of the user's classes) is a pickle
 that refers to them. What pickle cannot take raises its own error, with a hint, in the process that reads the data.
 
-Layout: `<Q skeleton bytes> <Q buffers> (<Q offset> <Q length>)* skeleton … buffers …`. Such a buffer is only ever read by processes of the
-same job and user, from an anonymous file that one of them has handed over.
+A large tensor that a loader's worker has put into shared memory already is not copied again: `Encoded.shared` names its descriptor, and
+`decode` is given a map of it.
+
+Layout: `<Q skeleton bytes> <Q buffers> (<Q place> <Q offset> <Q length>)* skeleton … buffers …`; place 0 is this buffer, k the k-th shared
+one. Such a buffer is only ever read by processes of the same job and user, from an anonymous file that one of them has handed over.
 """
 
 from __future__ import annotations
@@ -14,20 +17,47 @@ import io
 import pickle
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
+from lightning_gemini.compat.torch import shared_memory
+
 _ALIGN = 64
 _HEAD = struct.Struct("<QQ")
-_ROW = struct.Struct("<QQ")
+_ROW = struct.Struct("<QQQ")
+_SHARED_BYTES = 256 << 10
+"""Smaller tensors are copied: a descriptor and a map cost more."""
+_MOST_SHARED = 8
 Buffer = bytes | bytearray | memoryview
 
 
+@dataclass(slots=True)
+class Encoded:
+    """`parts` follow one another; `shared` are (descriptor, bytes) of tensors that stay where they are, valid while the value lives."""
+
+    parts: list[Buffer]
+    shared: list[tuple[int, int]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of everything."""
+        return size_of(self.parts) + sum(size for _, size in self.shared)
+
+
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, buffers: list[memoryview]) -> None:
-        super().__init__(file, protocol=5, buffer_callback=lambda buffer: buffers.append(buffer.raw()))
-        self._buffers = buffers
+    def __init__(self, file: io.BytesIO, *, share: bool) -> None:
+        super().__init__(file, protocol=5, buffer_callback=self._take)
+        self._share = share
+        self.buffers: list[tuple[int, int, memoryview]] = []
+        """(place, offset in a shared one, content)."""
+        self.shared: list[tuple[int, int]] = []
+        self._next = (0, 0)
+
+    def _take(self, buffer: pickle.PickleBuffer) -> None:
+        (place, offset), self._next = self._next, (0, 0)
+        self.buffers.append((place, offset, buffer.raw()))
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not torch.Tensor or value.layout is not torch.strided or value.device.type != "cpu":
@@ -39,7 +69,17 @@ class _Pickler(pickle.Pickler):
         raw = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
         start = value.storage_offset() * value.element_size()
         raw = raw[start : start + value.numel() * value.element_size()]
+        self._next = self._place(value, start)  # of the buffer that is pickled next
         return _tensor, (pickle.PickleBuffer(cast(Any, raw.numpy())), value.dtype, tuple(value.shape), value.stride())
+
+    def _place(self, value: torch.Tensor, start: int) -> tuple[int, int]:
+        if not self._share or value.nbytes < _SHARED_BYTES or len(self.shared) == _MOST_SHARED:
+            return 0, 0
+        found = shared_memory(value)
+        if found is None:
+            return 0, 0
+        self.shared.append(found)
+        return len(self.shared), start
 
 
 def _tensor(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
@@ -49,22 +89,25 @@ def _tensor(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...], stride: tup
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).as_strided(shape, stride)
 
 
-def encode(value: Any) -> list[Buffer]:
-    """`value` as parts whose concatenation `decode` reads; raw memory is referred to, not copied."""
-    skeleton, buffers = io.BytesIO(), list[memoryview]()
+def encode(value: Any, *, share: bool = False) -> Encoded:
+    """`value` as parts whose concatenation `decode` reads; raw memory is referred to, not copied. With `share`, see `Encoded.shared`."""
+    skeleton = io.BytesIO()
+    pickler = _Pickler(skeleton, share=share)
     try:
-        _Pickler(skeleton, buffers).dump(value)
+        pickler.dump(value)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise TypeError(f"a batch of type {type(value).__name__} cannot be handed to another process: {error}") from error
     text = skeleton.getvalue()
-    position = _HEAD.size + _ROW.size * len(buffers) + len(text)
+    position = _HEAD.size + _ROW.size * len(pickler.buffers) + len(text)
     rows, parts = [], list[Buffer]()
-    for buffer in buffers:
-        gap = -position % _ALIGN
-        rows.append(_ROW.pack(position + gap, buffer.nbytes))
-        parts += [bytes(gap), buffer]
-        position += gap + buffer.nbytes
-    return [b"".join([_HEAD.pack(len(text), len(buffers)), *rows, text]), *parts]
+    for place, offset, buffer in pickler.buffers:
+        if not place:
+            gap = -position % _ALIGN
+            offset = position + gap
+            parts += [bytes(gap), buffer]
+            position = offset + buffer.nbytes
+        rows.append(_ROW.pack(place, offset, buffer.nbytes))
+    return Encoded([b"".join([_HEAD.pack(len(text), len(rows)), *rows, text]), *parts], pickler.shared)
 
 
 def size_of(parts: Sequence[Buffer]) -> int:
@@ -72,10 +115,11 @@ def size_of(parts: Sequence[Buffer]) -> int:
     return sum(len(part) if isinstance(part, (bytes, bytearray)) else part.nbytes for part in parts)
 
 
-def decode(buffer: Any) -> Any:
-    """The value; its tensors and arrays are views of `buffer`, writable where it is."""
-    data = memoryview(buffer)
+def decode(buffer: Any, shared: Sequence[Any] = ()) -> Any:
+    """The value; its tensors and arrays are views of `buffer` and of the `shared` ones, writable where those are."""
+    places = [memoryview(each) for each in (buffer, *shared)]
+    data = places[0]
     length, count = _HEAD.unpack_from(data)
     rows = [_ROW.unpack_from(data, _HEAD.size + _ROW.size * i) for i in range(count)]
     start = _HEAD.size + _ROW.size * count
-    return pickle.loads(data[start : start + length], buffers=[data[at : at + size] for at, size in rows])
+    return pickle.loads(data[start : start + length], buffers=[places[place][at : at + size] for place, at, size in rows])

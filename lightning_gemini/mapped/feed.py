@@ -18,8 +18,9 @@ from lightning_gemini.forks import not_in_children
 from lightning_gemini.mapped import wire
 from lightning_gemini.mapped.encoding import decode
 from lightning_gemini.mapped.errors import reproduce
-from lightning_gemini.mapped.files import read
+from lightning_gemini.mapped.files import opened, read
 
+_MOST_FDS = 16
 _SLICE_S = 1.0
 """How long one wait for a batch lasts; how many follow is the loader's business: the first batch may take as long as it takes."""
 
@@ -71,10 +72,12 @@ class Feed:
                         self._key = key
                     case wire.Gone():
                         raise BatchGone(f"batch {self._number} is no longer kept")
-                    case wire.Batch(number=number, size=size, record_size=record_size):
+                    case wire.Batch(number=number, sizes=sizes):
                         assert number == self._number, f"batch {number} came, {self._number} was expected"
                         self._number += 1
-                        return decode(read(descriptors[0], size, self._key)), decode(read(descriptors[1], record_size))
+                        own, *shared = (read(fd, size) for fd, size in zip(descriptors, sizes, strict=True))
+                        batch, record = decode(opened(own, self._key), shared)
+                        return batch, record
                     case wire.End():
                         raise StopIteration
                     case wire.Failed(size=size):
@@ -86,7 +89,7 @@ class Feed:
     def _receive(self) -> tuple[wire.FromFeeder, list[int]]:
         while True:
             try:
-                data, descriptors, flags, _ = socket.recv_fds(self._sock, wire.MAX_BYTES, 2)
+                data, descriptors, flags, _ = socket.recv_fds(self._sock, wire.MAX_BYTES, _MOST_FDS)
             except TimeoutError:
                 continue
             except OSError as error:

@@ -30,15 +30,16 @@ from lightning_gemini.config import DataConfig
 from lightning_gemini.data.position import PositionedLoader
 from lightning_gemini.forks import keep, not_in_children
 from lightning_gemini.mapped import wire
-from lightning_gemini.mapped.encoding import encode, size_of
+from lightning_gemini.mapped.encoding import Encoded, encode
 from lightning_gemini.mapped.errors import carry, name_samples
 from lightning_gemini.mapped.files import Held, Shelf, new_key
-from lightning_gemini.mapped.window import Entry, Window
+from lightning_gemini.mapped.window import Window
 
 log = logging.getLogger(__name__)
 _TICK_S = 1.0
 _GRACE_S = 2.0
-"""How long a feeder that is no longer needed waits for the batch it is making."""
+"""How long a feeder that is no longer needed waits for the batch it is making, so that its workers end in good order: one that is killed
+while torch makes its shared memory leaves a file in /dev/shm."""
 
 
 @dataclass(slots=True)
@@ -90,8 +91,7 @@ def _run(task: Task, listener: socket.socket, owner: Owner) -> None:
     status = 1
     try:
         os.setsid()
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: None)  # the second thread hears of it, and ends the workers in good order
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to answer
         not_in_children(listener)
         owner.forked()
@@ -118,6 +118,7 @@ class Feeder:
         self._readers: dict[socket.socket, _Reader] = {}
         self._left: set[int] = set()
         self._made = threading.Event()
+        self._ending = False
         self._selector = selectors.DefaultSelector()
         self._wake, self._waker = socket.socketpair()
         self._waker.setblocking(False)
@@ -128,14 +129,15 @@ class Feeder:
 
     def run(self) -> None:
         """Until nobody needs it."""
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         server = threading.Thread(target=self._serve, name="lightning-gemini-feeder", daemon=True)
         server.start()
         try:
             self._produce()
         except BaseException as error:  # whatever it is, the ranks must not wait for ever
             number = self.window.next
-            text = carry(error)
-            self._finish(wire.Failed(number=number, size=len(text)), Shelf(None).put([text]))
+            text = Encoded([carry(error)], [])
+            self._finish(wire.Failed(number=number, size=text.size), Shelf(None).put(text))
         self._made.set()
         server.join()
 
@@ -162,11 +164,10 @@ class Feeder:
 
     def _put(self, loader: PositionedLoader, batch: Any) -> None:
         position = loader.position()
-        after = {**loader.capture(), "loader": loader.own_state(), "workers": loader.workers_at(position["count"])}
-        record = encode({"position": position, "after": after})
-        parts = encode(batch)
-        if self.window.wait_for_room(size_of(parts) + size_of(record)):
-            self.window.add(Entry(self._shelf.put(parts), Shelf(None).put(record)))
+        after = {**loader.carry(), "loader": loader.own_state(), "workers": loader.workers_at(position["count"])}
+        encoded = encode((batch, {"position": position, "after": after}), share=self._shelf.shares)
+        if self.window.wait_for_room(encoded.size):
+            self.window.add(self._shelf.put(encoded))
             self._notify()
 
     def _finish(self, last: wire.End | wire.Failed, held: Held | None) -> None:
@@ -175,27 +176,28 @@ class Feeder:
 
     def _notify(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            self._waker.send(b"x")
+            self._waker.send(b"\0")
 
     # ---- the second thread: the ranks
 
     def _serve(self) -> None:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
-        self._selector.register(self._owner, selectors.EVENT_READ, self._end_at_once)
-        while len(self._left) < self.task.ranks:
+        self._selector.register(self._owner, selectors.EVENT_READ, self._end)
+        while len(self._left) < self.task.ranks and not self._ending:
             for key, _ in self._selector.select(_TICK_S):
                 key.data()
         self._listener.close()
         self.window.end()
         self._made.wait(_GRACE_S)
-        self._end_at_once()
-
-    def _end_at_once(self) -> None:
         os.killpg(0, signal.SIGKILL)
 
+    def _end(self) -> None:
+        self._ending = True
+
     def _on_wake(self) -> None:
-        self._wake.recv(4096)
+        if signal.SIGTERM in self._wake.recv(4096):
+            self._end()
         for reader in list(self._readers.values()):
             self._push(reader)
 
@@ -245,15 +247,14 @@ class Feeder:
             while reader.member is not None and not reader.ended:
                 entry = self.window.batch(reader.next)
                 if entry is not None:
-                    batch = wire.Batch(number=reader.next, size=entry.batch.size, record_size=entry.record.size)
-                    reader.send(batch, entry.batch.fd, entry.record.fd)
+                    reader.send(wire.Batch(number=reader.next, sizes=entry.sizes), *entry.fds)
                     reader.next += 1
                 elif reader.next < self.window.next:
                     reader.send(wire.Gone())
                     reader.ended = True
                 elif self._last is not None:
                     message, held = self._last
-                    reader.send(message, *([held.fd] if held is not None else []))
+                    reader.send(message, *(held.fds if held is not None else []))
                     reader.ended = True
                 else:
                     return

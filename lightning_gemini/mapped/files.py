@@ -1,6 +1,6 @@
 """Nameless files that hold one batch each.
 
-Seam: `Shelf.put(parts) -> Held`; `read(fd, size, …)` maps such a file in another process that was handed its descriptor. A file has no
+Seam: `Shelf.put(encoded) -> Held`; `read(fd, size)` maps such a file in another process that was handed its descriptor. A file has no
 name: nobody else can open it, nothing is left behind however the job ends, and the kernel frees it with its last holder.
 
 Where: shared memory (memfd), or the user's directory (O_TMPFILE). Failure: a directory that is full is said once, and shared memory takes
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_gemini.mapped.encoding import Buffer, size_of
+from lightning_gemini.mapped.encoding import Buffer, Encoded, size_of
 
 log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -29,14 +29,20 @@ _MOST_PARTS = 512
 
 @dataclass(slots=True)
 class Held:
-    """One file: its descriptor is closed by `close`."""
+    """The files of one batch: its own, and shared memory that its tensors lie in. The descriptors are closed by `close`."""
 
-    fd: int
-    size: int
+    fds: list[int]
+    sizes: list[int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all."""
+        return sum(self.sizes)
 
     def close(self) -> None:
-        """Give it back; maps of it stay valid."""
-        os.close(self.fd)
+        """Give them back; maps of them stay valid."""
+        for fd in self.fds:
+            os.close(fd)
 
 
 class Shelf:
@@ -45,10 +51,19 @@ class Shelf:
     def __init__(self, directory: str | None, key: bytes = b"") -> None:
         self._directory, self._key = directory, key
 
-    def put(self, parts: Sequence[Buffer]) -> Held:
-        """A new file with `parts`. Raises `OSError` where there is no room anywhere."""
-        if self._key:
-            parts = [_seal(self._key, b"".join(parts))]
+    @property
+    def shares(self) -> bool:
+        """Whether what lies in shared memory may stay there."""
+        return self._directory is None and not self._key
+
+    def put(self, encoded: Encoded) -> Held:
+        """New files. Raises `OSError` where there is no room anywhere."""
+        parts = [_seal(self._key, b"".join(encoded.parts))] if self._key else encoded.parts
+        own = self._file(parts)
+        shared = [os.dup(fd) for fd, _ in encoded.shared]
+        return Held([own, *shared], [size_of(parts), *(size for _, size in encoded.shared)])
+
+    def _file(self, parts: Sequence[Buffer]) -> int:
         if self._directory is not None:
             try:
                 return _write(_unnamed(self._directory), parts)
@@ -71,7 +86,7 @@ def _unnamed(directory: str) -> int:
         return fd
 
 
-def _write(fd: int, parts: Sequence[Buffer]) -> Held:
+def _write(fd: int, parts: Sequence[Buffer]) -> int:
     try:
         for first in range(0, len(parts), _MOST_PARTS):
             waiting = [memoryview(part).cast("B") for part in parts[first : first + _MOST_PARTS]]
@@ -81,15 +96,19 @@ def _write(fd: int, parts: Sequence[Buffer]) -> Held:
                     written -= waiting.pop(0).nbytes
                 if waiting:
                     waiting[0] = waiting[0][written:]
-        return Held(fd, size_of(parts))
+        return fd
     except BaseException:
         os.close(fd)
         raise
 
 
-def read(fd: int, size: int, key: bytes = b"") -> mmap.mmap | memoryview:
+def read(fd: int, size: int) -> mmap.mmap:
     """The file's content. What its reader writes into it stays its own: the map is private."""
-    mapped = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def opened(mapped: mmap.mmap, key: bytes) -> mmap.mmap | memoryview:
+    """What was put there; with a `key`, decrypted into memory of its own."""
     if not key:
         return mapped
     with mapped:
@@ -97,7 +116,7 @@ def read(fd: int, size: int, key: bytes = b"") -> mmap.mmap | memoryview:
 
 
 def new_key() -> bytes:
-    """A key for `Shelf` and `read`."""
+    """A key for `Shelf` and `opened`."""
     _cipher(bytes(32))
     return secrets.token_bytes(32)
 

@@ -19,7 +19,6 @@ Failures: the feeder is lost or no longer keeps the batch -> another one is star
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import pickle
 import socket
@@ -34,7 +33,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from lightning_gemini.config import DataConfig
-from lightning_gemini.data.parts import changed, held_by, restore_scalars
+from lightning_gemini.data.parts import changed, counting, held_by, restore_scalars
 from lightning_gemini.data.position import READ_AHEAD, PositionedLoader
 from lightning_gemini.forks import not_in_children
 from lightning_gemini.mapped import checkpoint, wire
@@ -66,8 +65,10 @@ class Stream:
     """Whether the newest batch is the last one the loop wants of this epoch."""
 
 
-_indices = itertools.count()
-"""Numbers of the loaders of this process."""
+class _Numbers:
+    """Of the loaders of this process."""
+
+    next = 0
 
 
 class MappedLoader(PositionedLoader):
@@ -77,7 +78,7 @@ class MappedLoader(PositionedLoader):
         super().__init__(loader)
         self._config, self._stream, self._owner = config, stream, owner
         self._records: deque[Any] = deque(maxlen=READ_AHEAD + 1)
-        self._index = next(_indices)
+        self._index, _Numbers.next = _Numbers.next, _Numbers.next + 1
         self._feeds = 0
         self._name, self._feed = "", _no_feed()
         self._previous, self._previous_feed = "", _no_feed()
@@ -137,8 +138,7 @@ class MappedLoader(PositionedLoader):
     def _replaced(self, position: dict[str, Any]) -> Iterator[Any]:
         """Where the predecessor was: its newest batch comes first."""
         self._index, self._feeds = position["index"], position["feeds"]
-        while next(_indices) <= self._index:  # later loaders of this process are numbered as those of its peers
-            pass
+        _Numbers.next = max(_Numbers.next, self._index + 1)  # later loaders of this process are numbered as those of its peers
         self._name, self._previous = position["name"], position["previous"]
         self._at_iter = position["at_iter"]
         if position["count"]:
@@ -196,7 +196,9 @@ class MappedLoader(PositionedLoader):
         same = at_iter is not None and position["at_iter"]["global"] == at_iter["global"]
         if self._count == 0 and same:  # the feeder began with this rank's generators, or with equal ones
             rng.restore(record["after"]["global"], _CPU)
-        restore_scalars(self._loader, changed(position["at_iter"]["scalars"], record["after"]["scalars"]))
+        news = changed(position["at_iter"].get("scalars", {}), record["after"].get("scalars", {}))
+        if news:
+            restore_scalars(counting(self._loader), news)
         self._records.append(record)
         self._count += 1
         if self._count > self._config.lookback_length + READ_AHEAD:

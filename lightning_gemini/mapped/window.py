@@ -10,27 +10,8 @@ made again. A single batch above the limit is an error that says so.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 
 from lightning_gemini.mapped.files import Held
-
-
-@dataclass(slots=True)
-class Entry:
-    """A batch and the record of where the loader was after it."""
-
-    batch: Held
-    record: Held
-
-    @property
-    def size(self) -> int:
-        """Bytes of both."""
-        return self.batch.size + self.record.size
-
-    def close(self) -> None:
-        """Give both back."""
-        self.batch.close()
-        self.record.close()
 
 
 class Window:
@@ -44,7 +25,7 @@ class Window:
         """Bytes kept."""
         self.highest = 0
         """The most bytes ever kept."""
-        self._entries: dict[int, Entry] = {}
+        self._entries: dict[int, Held] = {}
         self._wanted: dict[int, int] = {}
         self._left: set[int] = set()
         self.lock = self._changed = threading.Condition()
@@ -75,7 +56,7 @@ class Window:
             self._drop(number)
         return self.total + size <= self.limit
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: Held) -> None:
         """The next batch."""
         with self._changed:
             self._entries[self.next] = entry
@@ -110,7 +91,7 @@ class Window:
             self._wanted.pop(member, None)
             self._changed.notify_all()
 
-    def batch(self, number: int) -> Entry | None:
+    def batch(self, number: int) -> Held | None:
         """What is kept under that number."""
         return self._entries.get(number)
 

@@ -53,11 +53,10 @@ class Gone(Message, tag="gone"):
 
 
 class Batch(Message, tag="batch"):
-    """With two descriptors: the batch and its record."""
+    """With a descriptor per size: the file of the batch and its record, and shared memory that the file refers to."""
 
     number: int
-    size: int
-    record_size: int
+    sizes: list[int]
 
 
 class End(Message, tag="end"):

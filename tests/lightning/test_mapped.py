@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_gemini import GeminiFSDP2Strategy, GeminiStrategy, use_mapped_data
 from tests.lightning import recipes
@@ -56,6 +56,19 @@ class Plain(Augmented):
         return x, x.sum(0, keepdim=True).sin()
 
 
+class Counting(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Shuffles by an epoch that it counts itself."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.epoch += 1
+        for index in torch.randperm(24, generator=torch.Generator().manual_seed(self.epoch)).tolist():
+            x = torch.rand(16, generator=torch.Generator().manual_seed(index))
+            yield x, x.sum(0, keepdim=True).sin()
+
+
 class Broken(Plain):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if index == 17:
@@ -65,7 +78,7 @@ class Broken(Plain):
 
 def with_data(data: Dataset[Any], workers: int, **settings: Any) -> Recipe:
     def recipe(directory: Path, strategy: Any, *strikes: Strike) -> None:
-        train = DataLoader(data, batch_size=3, shuffle=True, num_workers=workers)
+        train = DataLoader(data, batch_size=3, shuffle=not isinstance(data, IterableDataset), num_workers=workers)
         pl_trainer = trainer(directory, strategy, Batches(str(directory)), **settings)
         pl_trainer.callbacks = [c for c in pl_trainer.callbacks if type(c) is not Recorder]  # type: ignore[attr-defined]
         pl_trainer.fit(Struck(Saboteur(directory, strikes)), train)
@@ -87,6 +100,7 @@ RECIPES: dict[str, Recipe] = {
     "augmented": with_data(Augmented(), 0),
     "streaming": streaming(0),
     "streaming with workers": streaming(2),
+    "counting": with_data(Counting(), 0),
     "everything": recipes.accumulating,
 }
 NOT_AS_BARE = {"augmented", "streaming", "everything"}
@@ -155,6 +169,8 @@ CASES = [
     ("streaming", Strike("training", 1, 4)),
     ("streaming", Strike("after_step", 1, 4, "raise")),
     ("streaming with workers", Strike("training", 0, 10)),
+    ("counting", Strike("training", 1, 5)),
+    ("counting", Strike("training", 1, 10)),
     ("everything", Strike("validation", 2, 1)),
     ("everything", Strike("training", 1, 3)),
 ]
@@ -186,7 +202,7 @@ def kill_loader(directory: Path, which: int) -> Callable[[int], None]:
     return during
 
 
-@pytest.mark.parametrize("name", ["shuffled", "augmented in workers", "augmented", "streaming with workers"])
+@pytest.mark.parametrize("name", ["shuffled", "augmented in workers", "augmented", "streaming with workers", "counting"])
 @pytest.mark.parametrize("which", [1, 4])
 def test_a_loader_process_that_dies_is_replaced(tmp_path: Path, undisturbed: Undisturbed, name: str, which: int) -> None:
     """No rank dies of it, and no sample is lost or seen twice."""

@@ -114,6 +114,8 @@ class DataConfig:
     """Encrypt them with a key that only this job's processes on this node have; for a directory on a disk. Costs a copy."""
     share: bool = True
     """Ranks of a node that read the same data (tensor- or sequence-parallel peers) read it from one loader."""
+    setup_ahead: bool = False
+    """Spares run the data module's `setup` before they are needed. Only for one that does not ask for its rank."""
 
     def __post_init__(self) -> None:
         _require(

@@ -67,6 +67,7 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "size_limit_mib": ("int", 2048),
         "encryption": ("bool", False),
         "share": ("bool", True),
+        "setup_ahead": ("bool", False),
     },
     "FaultConfig": {
         "kind": ("str", REQUIRED),

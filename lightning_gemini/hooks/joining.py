@@ -29,7 +29,7 @@ from lightning_gemini.hooks.base import _process
 from lightning_gemini.hooks.stepping import Stepping
 from lightning_gemini.launcher import GeminiLauncher
 from lightning_gemini.mapped.feeder import Owner
-from lightning_gemini.mapped.trainer import close_all
+from lightning_gemini.mapped.trainer import close_all, set_up_ahead
 from lightning_gemini.peers.roster import Roster
 from lightning_gemini.recovery.engine import Engine
 from lightning_gemini.recovery.landing import Landing
@@ -90,6 +90,7 @@ class Joining(Stepping):
         assert isinstance(environment, GeminiEnvironment)
         if link.rank is None:
             self.landing = Landing(link)
+            set_up_ahead(self.lightning_module.trainer)  # type: ignore[attr-defined]
             link.send(Waiting())
             link.wait(lambda: link.rank is not None, float(2**31), "a rank")
             self.world.enter(link.announced)

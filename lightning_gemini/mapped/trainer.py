@@ -10,6 +10,7 @@ Failure: an option that is wrong is one `ValueError` before anything is wrapped.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import uuid
 import weakref
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import Strategy
 
 from lightning_gemini import checks
@@ -26,6 +28,8 @@ from lightning_gemini.data.position import PositionedLoader
 from lightning_gemini.mapped.feeder import Owner
 from lightning_gemini.mapped.files import new_key
 from lightning_gemini.mapped.loader import MappedLoader, Stream
+
+log = logging.getLogger(__name__)
 
 
 class _Process:
@@ -89,7 +93,7 @@ def _wrapped(strategy: Strategy, loader: object) -> object:
     trainer: pl.Trainer | None = getattr(strategy.lightning_module, "_trainer", None)
     if trainer is None or not trainer.training or isinstance(loader, PositionedLoader):
         return loader
-    config = getattr(trainer.datamodule, "mapped_config", None) or _Process.config  # type: ignore[attr-defined]
+    config = _config(trainer)
     if config is None:
         return loader
     make_owner: Callable[[], Owner] | None = getattr(strategy, "loader_owner", None)
@@ -97,6 +101,35 @@ def _wrapped(strategy: Strategy, loader: object) -> object:
     mapped = MappedLoader(loader, config, _stream(trainer, config, recovers=make_owner is not None), owner)
     _Process.loaders.add(mapped)
     return mapped
+
+
+def _config(trainer: pl.Trainer) -> DataConfig | None:
+    return getattr(trainer.datamodule, "mapped_config", None) or _Process.config  # type: ignore[attr-defined]
+
+
+def set_up_ahead(trainer: pl.Trainer) -> None:
+    """In a spare that waits for a rank: `setup` of the data module, now if that is wanted, and then not again.
+
+    What it raises here (data that rank 0 is still preparing) it may raise again when its turn comes; nobody waits for a spare.
+    """
+    module, config = trainer.datamodule, _config(trainer)  # type: ignore[attr-defined]
+    if module is None or config is None or not config.setup_ahead:
+        return
+    reset_seed()  # as in every rank before its `setup`
+    try:
+        module.setup("fit")
+    except Exception as error:
+        log.warning("mapped_data.setup_ahead: setup raised %s: %s; it is run again when this spare is needed", type(error).__name__, error)
+        return
+    original = module.setup
+
+    def setup(stage: str) -> None:
+        if stage == "fit":
+            module.setup = original
+        else:
+            original(stage)
+
+    module.setup = setup
 
 
 def _stream(trainer: pl.Trainer, config: DataConfig, *, recovers: bool) -> Stream:

@@ -186,6 +186,44 @@ def test_fault(tmp_path: Path, undisturbed: Undisturbed, name: str, fault: Strik
     assert len(loaders(result)) == len(loaders(expected)), "the replaced rank did not read from its predecessor's loader process"
 
 
+class Slow(pl.LightningDataModule):
+    """Tells when its set-up is done, and by which process."""
+
+    def __init__(self, directory: Path, setups: int) -> None:
+        super().__init__()
+        self.directory, self.setups = directory, setups
+
+    def setup(self, stage: str) -> None:
+        with open(self.directory / "setups", "a") as file:
+            file.write(f"{os.getpid()} {time.monotonic()} {torch.rand(()).item()}\n")
+
+    def train_dataloader(self) -> Any:
+        deadline = time.monotonic() + 60
+        while len((self.directory / "setups").read_text().splitlines()) < self.setups:  # training begins when the spare is there
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return DataLoader(Plain(), batch_size=3, shuffle=True)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_spare_sets_its_data_up_ahead(tmp_path: Path, ahead: bool) -> None:
+    """Once, with the generators of every other rank, and before the rank dies whose place it takes."""
+
+    def recipe(directory: Path, strategy: Any, *strikes: Strike) -> None:
+        pl_trainer = trainer(directory, strategy, Batches(str(directory)))
+        pl_trainer.callbacks = [c for c in pl_trainer.callbacks if type(c) is not Recorder]  # type: ignore[attr-defined]
+        pl_trainer.fit(Struck(Saboteur(directory, strikes)), datamodule=Slow(directory, WORLD + ahead))
+
+    result = job(recipe, tmp_path / "struck", Strike("training", 1, 5), setup_ahead=ahead)
+    same(job(recipe, tmp_path / "whole", setup_ahead=ahead), result)
+    setups = [line.split() for line in (result.directory / "setups").read_text().splitlines()]
+    spare = str(result.pids()[1][-1])
+    mine = [(float(when), drawn) for pid, when, drawn in setups if pid == spare]
+    assert len(mine) == 1 and len({drawn for _, _, drawn in setups}) == 1
+    death = (result.directory / "struck-0").stat().st_mtime - time.time() + time.monotonic()
+    assert (mine[0][0] < death) is ahead
+
+
 def kill_loader(directory: Path, which: int) -> Callable[[int], None]:
     """SIGKILL for the loader process that is started as number `which`, and its workers, when the job has got to it."""
 

@@ -34,6 +34,7 @@ class Loaders:
 
     def _sweep(self) -> None:
         for pid in [pid for pid, pidfd in self._pidfds.items() if _has_ended(pidfd, 0)]:
+            _reap(pid)
             os.close(self._pidfds.pop(pid))
 
     def end(self) -> None:
@@ -47,9 +48,15 @@ class Loaders:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)  # its number cannot have been given to another process yet
                 _has_ended(pidfd, _LIMIT_S)
+            _reap(pid)
             os.close(pidfd)
         self._pidfds.clear()
 
 
 def _has_ended(pidfd: int, timeout_s: float) -> bool:
     return bool(select.select([pidfd], [], [], timeout_s)[0])
+
+
+def _reap(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):  # only where the agent is the first process of a container
+        os.waitpid(pid, os.WNOHANG)

@@ -63,6 +63,8 @@ class Stream:
     """Batches that the loop has taken and not used yet."""
     epoch_is_over: Callable[[], bool]
     """Whether the newest batch is the last one the loop wants of this epoch."""
+    settled: Callable[[], None] = lambda: None
+    """Called when no replaced rank can go back to what came before this epoch."""
 
 
 class _Numbers:
@@ -203,6 +205,7 @@ class MappedLoader(PositionedLoader):
         self._count += 1
         if self._count > self._config.lookback_length + READ_AHEAD:
             self._release_previous()
+            self._stream.settled()
 
     # ---- feeders
 
@@ -241,10 +244,6 @@ class MappedLoader(PositionedLoader):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the name of the loader process {self._name!r} is taken by one that does not answer")
             time.sleep(_RETRY_S)
-
-    def __del__(self) -> None:
-        if "_previous_feed" in vars(self):
-            self.close()
 
     def close(self, *, bye: bool = True) -> None:
         """Stop reading. With `bye` this rank needs nothing more; the loader process ends when all its ranks have said so."""

@@ -13,7 +13,6 @@ import functools
 import logging
 import os
 import uuid
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,8 +36,8 @@ class _Process:
 
     config: DataConfig | None = None
     job = uuid.uuid4().hex
-    loaders: weakref.WeakSet[MappedLoader] = weakref.WeakSet()
-    """Alive: one that the Trainer has replaced says good-bye when it is dropped."""
+    loaders: dict[MappedLoader, int] = {}
+    """Those that read, with the epoch in which each was made."""
 
 
 def use_mapped_data(**options: Any) -> None:
@@ -85,8 +84,15 @@ def install() -> None:
 
 def close_all(*, bye: bool = True) -> None:
     """Training is over: no loader process is needed. Without `bye` this process is about to read from them again."""
-    for loader in list(_Process.loaders):
-        loader.close(bye=bye)
+    while _Process.loaders:
+        _Process.loaders.popitem()[0].close(bye=bye)
+
+
+def _close_before(epoch: int) -> None:
+    """Loaders that the Trainer has replaced since (reload_dataloaders_every_n_epochs)."""
+    for loader in [loader for loader, made in _Process.loaders.items() if made < epoch]:
+        del _Process.loaders[loader]
+        loader.close()
 
 
 def _wrapped(strategy: Strategy, loader: object) -> object:
@@ -99,7 +105,8 @@ def _wrapped(strategy: Strategy, loader: object) -> object:
     make_owner: Callable[[], Owner] | None = getattr(strategy, "loader_owner", None)
     owner = make_owner() if make_owner is not None else Owner(os.getpid())
     mapped = MappedLoader(loader, config, _stream(trainer, config, recovers=make_owner is not None), owner)
-    _Process.loaders.add(mapped)
+    _close_before(trainer.current_epoch - 1)
+    _Process.loaders[mapped] = trainer.current_epoch
     return mapped
 
 
@@ -145,6 +152,7 @@ def _stream(trainer: pl.Trainer, config: DataConfig, *, recovers: bool) -> Strea
         ranks=ranks,
         ahead=lambda: compat.read_ahead(trainer),
         epoch_is_over=lambda: trainer.is_last_batch,
+        settled=lambda: _close_before(min(trainer.current_epoch, max(_Process.loaders.values(), default=0))),
     )
 
 

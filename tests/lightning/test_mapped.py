@@ -275,6 +275,23 @@ def test_rank_and_loader_process_die_together(tmp_path: Path, undisturbed: Undis
     assert len(loaders(result)) > 2 * WORLD
 
 
+def test_loaders_that_are_made_anew_each_epoch(tmp_path: Path) -> None:
+    """Those of the epochs before do not pile up."""
+
+    class Watched(Batches):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.global_rank == 0 and trainer.current_epoch == 4:
+                (tmp_path / "alive").write_text(str(len(still_there(Result(tmp_path, 0, "", {})))))
+
+    def recipe(directory: Path, strategy: Any, *strikes: Strike) -> None:
+        pl_trainer = trainer(directory, strategy, Watched(str(directory)), max_epochs=5, reload_dataloaders_every_n_epochs=1)
+        pl_trainer.fit(Struck(Saboteur(directory, strikes)), datamodule=Slow(directory, 0))
+
+    result = job(recipe, tmp_path)
+    assert result.exit_status == 0 and len(loaders(result)) == 5 * WORLD
+    assert int((tmp_path / "alive").read_text()) <= 2 * WORLD
+
+
 def test_what_is_older_than_the_window_is_made_again(tmp_path: Path, undisturbed: Undisturbed) -> None:
     result = job(RECIPES["accumulated"], tmp_path, Strike("training", 1, 5), lookback_length=0, prefetch_length=2)
     same(undisturbed("accumulated"), result)

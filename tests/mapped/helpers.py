@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import mmap
 import os
 import random
@@ -19,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
 from lightning_gemini.config import DataConfig
+from lightning_gemini.data.parts import held_by
 from lightning_gemini.data.position import PositionedLoader
 from lightning_gemini.mapped import wire
 from lightning_gemini.mapped.feed import Feed
@@ -109,11 +112,10 @@ def state() -> bytes:
 
 
 def epoch(loader: Any, number: int) -> Iterator[Any]:
-    """As Lightning: the iterator is made, the sampler's epoch is set, then batch by batch."""
-    batches = iter(loader)
+    """As Lightning: the sampler's epoch is set, then batch by batch."""
     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
         loader.sampler.set_epoch(number)
-    for batch in batches:
+    for batch in loader:
         draw()
         yield batch
 
@@ -143,6 +145,7 @@ class Feeders:
 
     def __init__(self) -> None:
         self.started: dict[int, int] = {}
+        self.killed: list[int] = []
         self.loaders: list[MappedLoader] = []
 
     def owner(self, pid: int | None = None) -> Owner:
@@ -180,17 +183,20 @@ class Feeders:
         return self.loaders[-1]
 
     def kill(self, pid: int | None = None) -> None:
-        """As the kernel does when memory is short; its workers notice."""
+        """As the kernel does when memory is short; its workers notice, within seconds."""
         pid = self.newest if pid is None else pid
+        self.killed.append(pid)
         os.kill(pid, signal.SIGKILL)
         assert is_gone(self.started[pid])
 
     def close(self) -> None:
-        for loader in self.loaders:
-            loader.close()
+        while self.loaders:
+            self.loaders.pop().close()
+        gc.collect()  # records of batches are maps, and a map has a descriptor
         late = [pid for pid, pidfd in self.started.items() if not is_gone(pidfd, 8.0)]
-        for pid in late:
-            os.killpg(pid, signal.SIGKILL)
+        for pid in late + self.killed:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
         for pid, pidfd in self.started.items():
             os.close(pidfd)
             until(lambda pid=pid: not of_group(pid))  # type: ignore[misc]
@@ -199,9 +205,9 @@ class Feeders:
 
 def beginning(loader: Any) -> dict[str, Any]:
     """A position before the first batch, with the generators as they are."""
-    positioned = PositionedLoader(loader)
-    iter(positioned)  # lazy: it only looks for generators
-    return positioned.position() | {"at_fetch": []}
+    positioned = PositionedLoader(loader, scalars=True)
+    positioned._generators = held_by(loader)
+    return {"count": 0, "at_iter": positioned.capture(), "at_fetch": []}
 
 
 def task_of(loader: Any, *, ranks: int = 1, begin: dict[str, Any] | None = None, **options: Any) -> Task:

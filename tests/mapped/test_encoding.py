@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
+import gc
 import pickle
 import threading
 from collections import OrderedDict
@@ -17,8 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gemini.mapped.encoding import Buffer, decode, encode, size_of
-from lightning_gemini.mapped.files import Shelf, read
+from lightning_gemini.mapped.encoding import decode, encode
+from lightning_gemini.mapped.files import Held, Shelf, read
 
 DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
           torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.float8_e4m3fn]  # fmt: skip
@@ -35,12 +35,18 @@ class Item:
     value: Any
 
 
-def joined(parts: list[Buffer]) -> bytearray:
-    return bytearray(b"".join(parts))
+def joined(value: Any) -> bytearray:
+    return bytearray(b"".join(encode(value).parts))
 
 
 def again(value: Any) -> Any:
-    return decode(joined(encode(value)))
+    return decode(joined(value))
+
+
+def content(held: Held) -> Any:
+    """Maps of a batch's files, decoded."""
+    own, *shared = [read(fd, size) for fd, size in zip(held.fds, held.sizes, strict=True)]
+    return decode(own, shared)
 
 
 def same(found: Any, expected: Any) -> None:
@@ -69,7 +75,7 @@ def same(found: Any, expected: Any) -> None:
 
 def bits(value: torch.Tensor) -> list[int]:
     """A NaN is not equal to itself."""
-    found: list[int] = value.contiguous().reshape(-1).view(torch.uint8).tolist() if value.numel() else []
+    found: list[int] = value.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).tolist() if value.numel() else []
     return found
 
 
@@ -114,9 +120,8 @@ values = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(values)
 def test_anything_comes_back(value: Any) -> None:
-    parts = encode(value)
-    data = joined(parts)
-    assert len(data) == size_of(parts)
+    data = joined(value)
+    assert len(data) == encode(value).size
     same(decode(data), value)
 
 
@@ -133,8 +138,8 @@ def test_memory_layouts_stay() -> None:
     for value in (image.to(memory_format=torch.channels_last), image.permute(3, 1, 0, 2), image[1:], torch.rand(6).view(1, 6, 1)):
         assert again(value).stride() == value.stride() and torch.equal(again(value), value)
     assert again(image[:, :, ::2]).is_contiguous()
-    assert len(joined(encode(torch.rand(1000)[:2]))) < 1000, "only the view is written, not its storage"
-    assert len(joined(encode(torch.zeros(1).expand(2, 2)))) < 1000
+    assert len(joined(torch.rand(1000)[:2])) < 1000, "only the view is written, not its storage"
+    assert len(joined(torch.zeros(1).expand(2, 2))) < 1000
 
 
 KINDS: dict[str, torch.Tensor] = {
@@ -196,7 +201,7 @@ def address(buffer: Any) -> int:
 def test_nothing_is_copied(items: list[Any]) -> None:
     """What is decoded lies in the map, at multiples of 64 bytes."""
     held = Shelf(None).put(encode(items))
-    mapped = read(held.fd, held.size)
+    mapped = read(held.fds[0], held.size)
     held.close()
     start = address(mapped)
     for item in decode(mapped):
@@ -209,21 +214,51 @@ def test_nothing_is_copied(items: list[Any]) -> None:
 def test_large_memory_is_referred_to() -> None:
     """Encoding does not copy: the parts are views of the tensor and of the array."""
     tensor, array = torch.zeros(1000), np.zeros(1000)
-    parts = [part for part in encode([tensor, array]) if isinstance(part, memoryview)]
+    parts = [part for part in encode([tensor, array]).parts if isinstance(part, memoryview)]
     assert [address(part) for part in parts] == [tensor.data_ptr(), array.__array_interface__["data"][0]]
 
 
 def test_what_its_reader_writes_stays_its_own(tmp_path: Path) -> None:
     for directory in (None, str(tmp_path)):
         held = Shelf(directory).put(encode([torch.zeros(5), np.zeros(5)]))
-        first, second = decode(read(held.fd, held.size)), decode(read(held.fd, held.size))
+        first, second = content(held), content(held)
         first[0].fill_(7)
         first[1][:] = 7
-        assert isinstance(read(held.fd, held.size), mmap.mmap)
-        for other in (second, decode(read(held.fd, held.size))):
+        for other in (second, content(held)):
             assert not other[0].any() and not other[1].any()
         held.close()
         assert first[0].tolist() == [7.0] * 5, "the map outlives the descriptor"
+
+
+BIG = 1 << 16
+"""Floats of a tensor that is worth a descriptor of its own."""
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_large_tensors_in_shared_memory(share: bool) -> None:
+    """They stay there, views of them too; the others are written, and all come back."""
+    big, small, own = torch.rand(2, BIG).share_memory_(), torch.rand(9).share_memory_(), torch.rand(BIG)
+    value = [own, small, big, big[1:], big.T, big[:, ::2], torch.rand(2, BIG).share_memory_()]
+    encoded = encode(value, share=share)
+    held = Shelf(None).put(encoded)
+    found = content(held)
+    held.close()
+    same(found, value)
+    assert (len(encoded.shared) > 0) is share
+    assert (len(joined(value)) > encoded.size - sum(size for _, size in encoded.shared)) is share
+    found[2].fill_(7)
+    assert not (big == 7).any(), "the map is private"
+    gc.collect()
+
+
+def test_not_more_of_them_than_a_message_takes() -> None:
+    value = [torch.full((BIG,), float(i)).share_memory_() for i in range(30)]
+    encoded = encode(value, share=True)
+    assert 0 < len(encoded.shared) <= 8
+    held = Shelf(None).put(encoded)
+    same(content(held), value)
+    held.close()
+    gc.collect()
 
 
 class Refuses:

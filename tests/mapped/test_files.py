@@ -12,15 +12,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gemini.mapped.files import Held, Shelf, new_key, read
+from lightning_gemini.mapped.encoding import Buffer, Encoded
+from lightning_gemini.mapped.files import Held, Shelf, new_key, opened, read
 
 TEXT = b"the quick brown fox jumps over the lazy dog" * 100
 
 
+def put(shelf: Shelf, parts: list[Buffer]) -> Held:
+    return shelf.put(Encoded(parts, []))
+
+
+def content(held: Held, key: bytes = b"") -> bytes:
+    return bytes(opened(read(held.fds[0], held.size), key))
+
+
 def whole(held: Held, key: bytes = b"") -> bytes:
-    content = bytes(read(held.fd, held.size, key))
+    found = content(held, key)
     held.close()
-    return content
+    return found
 
 
 def descriptors() -> set[str]:
@@ -30,7 +39,7 @@ def descriptors() -> set[str]:
 @given(st.lists(st.binary(max_size=5000), min_size=1, max_size=9).filter(any))
 @settings(max_examples=40, deadline=None)
 def test_what_is_put_is_read(parts: list[bytes]) -> None:
-    assert whole(Shelf(None).put(parts)) == b"".join(parts)
+    assert whole(put(Shelf(None), parts)) == b"".join(parts)
 
 
 @pytest.mark.parametrize("count", [1, 511, 512, 513, 1024, 1025, 3000])
@@ -38,32 +47,32 @@ def test_many_parts(count: int, tmp_path: Path) -> None:
     """More than one system call takes; some of them empty."""
     parts = [str(i).encode() * (i % 5) for i in range(count)] + [b"end"]
     for directory in (None, str(tmp_path)):
-        assert whole(Shelf(directory).put(parts)) == b"".join(parts)
-    assert whole(Shelf(None).put([memoryview(b"".join(parts))[1:], bytearray(b"x")])) == b"".join(parts)[1:] + b"x"
+        assert whole(put(Shelf(directory), parts)) == b"".join(parts)
+    assert whole(put(Shelf(None), [memoryview(b"".join(parts))[1:], bytearray(b"x")])) == b"".join(parts)[1:] + b"x"
 
 
 @pytest.mark.parametrize("key", [b"", new_key()], ids=["plain", "encrypted"])
 def test_a_directory_holds_nothing_that_has_a_name(tmp_path: Path, key: bytes) -> None:
     shelf = Shelf(str(tmp_path), key)
-    held = [shelf.put([b"batch %d" % i]) for i in range(5)]
+    held = [put(shelf, [b"batch %d" % i]) for i in range(5)]
     assert os.listdir(tmp_path) == []
     for one in held:
-        assert os.readlink(f"/proc/self/fd/{one.fd}").startswith(str(tmp_path)), "but they lie there"
-        assert os.fstat(one.fd).st_nlink == 0 and os.fstat(one.fd).st_mode & 0o777 == 0o600
+        assert os.readlink(f"/proc/self/fd/{one.fds[0]}").startswith(str(tmp_path)), "but they lie there"
+        assert os.fstat(one.fds[0]).st_nlink == 0 and os.fstat(one.fds[0]).st_mode & 0o777 == 0o600
     assert [whole(one, key) for one in held] == [b"batch %d" % i for i in range(5)]
     assert os.listdir(tmp_path) == []
 
 
 def test_shared_memory_without_a_directory() -> None:
-    held = Shelf(None).put([b"x"])
-    assert "memfd:" in os.readlink(f"/proc/self/fd/{held.fd}")
-    assert not os.get_inheritable(held.fd)
+    held = put(Shelf(None), [b"x"])
+    assert "memfd:" in os.readlink(f"/proc/self/fd/{held.fds[0]}")
+    assert not os.get_inheritable(held.fds[0])
     held.close()
 
 
 def test_maps_outlive_their_file(tmp_path: Path) -> None:
-    held = Shelf(str(tmp_path)).put([TEXT])
-    mapped = read(held.fd, held.size)
+    held = put(Shelf(str(tmp_path)), [TEXT])
+    mapped = read(held.fds[0], held.size)
     held.close()
     assert bytes(mapped) == TEXT
 
@@ -84,8 +93,8 @@ def test_a_full_directory(small: Path, caplog: pytest.LogCaptureFixture) -> None
     """It is said once; batches go on in shared memory, and nothing half-written stays."""
     shelf, before = Shelf(str(small)), descriptors()
     with caplog.at_level(logging.WARNING):
-        held = [shelf.put([bytes([i]) * 300_000]) for i in range(8)]
-    places = ["memfd:" in os.readlink(f"/proc/self/fd/{one.fd}") for one in held]
+        held = [put(shelf, [bytes([i]) * 300_000]) for i in range(8)]
+    places = ["memfd:" in os.readlink(f"/proc/self/fd/{one.fds[0]}") for one in held]
     assert places == [False] * 3 + [True] * 5
     assert len(descriptors()) == len(before) + 8
     assert [whole(one) for one in held] == [bytes([i]) * 300_000 for i in range(8)]
@@ -98,26 +107,26 @@ def test_a_full_directory(small: Path, caplog: pytest.LogCaptureFixture) -> None
 def test_a_directory_that_is_gone_is_an_error(tmp_path: Path) -> None:
     before = descriptors()
     with pytest.raises(FileNotFoundError):
-        Shelf(str(tmp_path / "gone")).put([b"x"])
+        put(Shelf(str(tmp_path / "gone")), [b"x"])
     assert descriptors() == before
 
 
 def test_the_disk_has_ciphertext(tmp_path: Path) -> None:
     key = new_key()
-    held = Shelf(str(tmp_path), key).put([TEXT[:1000], TEXT[1000:]])
-    on_disk = os.pread(held.fd, 1 << 20, 0)
+    held = put(Shelf(str(tmp_path), key), [TEXT[:1000], TEXT[1000:]])
+    on_disk = os.pread(held.fds[0], 1 << 20, 0)
     assert len(on_disk) == held.size and b"fox" not in on_disk and key not in on_disk
-    again = Shelf(str(tmp_path), key).put([TEXT])
-    assert os.pread(again.fd, 1 << 20, 0) != on_disk, "the same batch is never the same bytes"
+    again = put(Shelf(str(tmp_path), key), [TEXT])
+    assert os.pread(again.fds[0], 1 << 20, 0) != on_disk, "the same batch is never the same bytes"
     assert whole(held, key) == whole(again, key) == TEXT
 
 
 def test_another_key_is_refused(tmp_path: Path) -> None:
     exceptions = pytest.importorskip("cryptography.exceptions")
-    held = Shelf(str(tmp_path), new_key()).put([TEXT])
+    held = put(Shelf(str(tmp_path), new_key()), [TEXT])
     before = descriptors()
     with pytest.raises(exceptions.InvalidTag):
-        read(held.fd, held.size, new_key())
+        content(held, new_key())
     assert descriptors() == before
     held.close()
 
@@ -126,12 +135,12 @@ def test_another_key_is_refused(tmp_path: Path) -> None:
 def test_a_flipped_byte_is_refused(tmp_path: Path, place: int) -> None:
     exceptions = pytest.importorskip("cryptography.exceptions")
     key = new_key()
-    held = Shelf(str(tmp_path), key).put([TEXT])
+    held = put(Shelf(str(tmp_path), key), [TEXT])
     at = place % held.size
-    byte = os.pread(held.fd, 1, at)[0]
-    os.pwrite(held.fd, bytes([byte ^ 1]), at)
+    byte = os.pread(held.fds[0], 1, at)[0]
+    os.pwrite(held.fds[0], bytes([byte ^ 1]), at)
     with pytest.raises(exceptions.InvalidTag):
-        read(held.fd, held.size, key)
+        content(held, key)
     held.close()
 
 
@@ -142,5 +151,19 @@ def test_keys_differ() -> None:
 def test_no_descriptor_stays() -> None:
     before = descriptors()
     for _ in range(300):
-        whole(Shelf(None).put([b"x" * 100]))
+        whole(put(Shelf(None), [b"x" * 100]))
     assert descriptors() == before
+
+
+def test_shared_memory_stays_where_it_is() -> None:
+    """Its descriptor is kept until the batch is given back."""
+    before = descriptors()
+    shared = os.memfd_create("of a worker")
+    os.write(shared, TEXT)
+    held = Shelf(None).put(Encoded([b"own"], [(shared, len(TEXT))]))
+    os.close(shared)
+    assert held.size == 3 + len(TEXT) and Shelf(None).shares
+    assert [bytes(read(fd, size)) for fd, size in zip(held.fds, held.sizes, strict=True)] == [b"own", TEXT]
+    held.close()
+    assert descriptors() == before
+    assert not Shelf("/tmp").shares and not Shelf(None, new_key()).shares

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gemini.mapped.files import Shelf
-from lightning_gemini.mapped.window import Entry, Window
+from lightning_gemini.mapped.encoding import Encoded
+from lightning_gemini.mapped.files import Held, Shelf
+from lightning_gemini.mapped.window import Window
 
 LIMIT_S = 20.0
 
 
-def entry(size: int) -> Entry:
-    """Of `size` bytes in all."""
-    return Entry(Shelf(None).put([b"b" * (size - 1)]), Shelf(None).put([b"r"]))
+def entry(size: int) -> Held:
+    return Shelf(None).put(Encoded([b"b" * size], []))
 
 
 def window(ranks: int = 1, *, first: int = 0, ahead: int = 3, behind: int = 2, limit: int = 1000) -> Window:
@@ -163,6 +163,24 @@ def test_a_batch_above_the_limit(size: int) -> None:
     with pytest.raises(ValueError, match=rf"^mapped_data\.size_limit_mib=1 cannot hold one batch of {size} bytes: give {need} or more$"):
         it.wait_for_room(size)
     assert window(limit=need << 20).wait_for_room(size)
+
+
+def test_a_rank_that_leaves_holds_nobody_back() -> None:
+    """Neither one that has read, nor one that never came."""
+    for attached in (True, False):
+        it = window(2, limit=30, ahead=2, behind=0)
+        it.attach(0, 0)
+        if attached:
+            it.attach(1, 0)
+        fill(it, 2)
+        it.leave(1)
+        it.want(0, 2)
+        fill(it, 2)
+        assert kept(it) == [2, 3]
+        assert it.attach(1, 2)
+        it.want(0, 4)
+        assert kept(it) == [2, 3], "it is back"
+        emptied(it)
 
 
 @pytest.mark.parametrize("call", ["wait_until_wanted", "wait_for_room"])

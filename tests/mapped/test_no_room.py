@@ -1,0 +1,68 @@
+"""No room for the window that was asked for: it is said once, and fewer batches are kept."""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_gemini.config import DataConfig
+from lightning_gemini.mapped.feeder import Owner
+from lightning_gemini.mapped.loader import MappedLoader, Stream
+
+FREE = 8
+
+
+class Poor(Dataset[torch.Tensor]):
+    """The process that reads it may open few files more: each batch that is kept takes one."""
+
+    def __init__(self, free: int) -> None:
+        self.free: int | None = free
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self.free is not None:
+            lowest = os.dup(0)
+            os.close(lowest)
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + self.free, hard))
+            self.free = None
+        return torch.full((2048,), float(index))
+
+
+def mapped(data: Dataset[Any], started: list[int]) -> MappedLoader:
+    stream = Stream(f"no-room-{os.getpid()}-{id(data)}", 0, 1, lambda: 0, lambda: False)
+    return MappedLoader(DataLoader(data, batch_size=2), DataConfig(prefetch_length=20), stream, Owner(os.getpid(), started=started.append))
+
+
+def test_fewer_batches_are_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    started: list[int] = []
+    loader = mapped(Poor(FREE), started)
+    batches, said, deadline = iter(loader), "", time.monotonic() + 30
+    first = next(batches)
+    while "no room for another batch (Too many open files)" not in said:
+        assert time.monotonic() < deadline
+        said += capfd.readouterr().err
+        time.sleep(0.01)
+    watched = os.pidfd_open(started[0])
+    found = [float(batch[0, 0]) for batch in (first, *batches)]
+    loader.close()
+    assert found == [float(2 * i) for i in range(30)] and len(started) == 1
+    assert select.select([watched], [], [], 10)[0], "the loader process is still there"
+    os.close(watched)
+
+
+def test_without_any_room_the_user_is_told() -> None:
+    started: list[int] = []
+    loader = mapped(Poor(0), started)
+    with pytest.raises(OSError, match="Too many open files"):
+        list(loader)
+    loader.close()

@@ -32,7 +32,7 @@ from lightning_gemini.forks import keep, not_in_children
 from lightning_gemini.mapped import wire
 from lightning_gemini.mapped.encoding import Encoded, encode
 from lightning_gemini.mapped.errors import carry, name_samples
-from lightning_gemini.mapped.files import Held, Shelf, new_key
+from lightning_gemini.mapped.files import NO_ROOM, Held, Shelf, new_key
 from lightning_gemini.mapped.window import Window
 
 log = logging.getLogger(__name__)
@@ -124,6 +124,8 @@ class Feeder:
         self._waker.setblocking(False)
         self._wake.setblocking(False)
         self._owner = os.pidfd_open(owner)
+        self._reserve = os.dup(self._owner)
+        """Given up to be able to say that there are no descriptors."""
         for sock in (self._wake, self._waker):
             not_in_children(sock)
 
@@ -136,6 +138,7 @@ class Feeder:
             self._produce()
         except BaseException as error:  # whatever it is, the ranks must not wait for ever
             number = self.window.next
+            os.close(self._reserve)
             text = Encoded([carry(error)], [])
             self._finish(wire.Failed(number=number, size=text.size), Shelf(None).put(text))
         self._made.set()
@@ -166,9 +169,16 @@ class Feeder:
         position = loader.position()
         after = {**loader.carry(), "loader": loader.own_state(), "workers": loader.workers_at(position["count"])}
         encoded = encode((batch, {"position": position, "after": after}), share=self._shelf.shares)
-        if self.window.wait_for_room(encoded.size):
-            self.window.add(self._shelf.put(encoded))
-            self._notify()
+        while self.window.wait_for_room(encoded.size):
+            try:
+                held = self._shelf.put(encoded)
+            except OSError as error:
+                if error.errno not in NO_ROOM or not self.window.shrink():
+                    raise
+                log.warning("no room for another batch (%s): from here on %s bytes are kept", error.strerror, self.window.limit)
+            else:
+                self.window.add(held)
+                return self._notify()
 
     def _finish(self, last: wire.End | wire.Failed, held: Held | None) -> None:
         self._last = (last, held)

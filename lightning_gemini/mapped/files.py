@@ -23,6 +23,8 @@ from lightning_gemini.mapped.encoding import Buffer, Encoded, size_of
 
 log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (*_FULL, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Of `OSError`: there may be room when other batches have been given back."""
 _NONCE_BYTES = 12
 _MOST_PARTS = 512
 
@@ -59,9 +61,15 @@ class Shelf:
     def put(self, encoded: Encoded) -> Held:
         """New files. Raises `OSError` where there is no room anywhere."""
         parts = [_seal(self._key, b"".join(encoded.parts))] if self._key else encoded.parts
-        own = self._file(parts)
-        shared = [os.dup(fd) for fd, _ in encoded.shared]
-        return Held([own, *shared], [size_of(parts), *(size for _, size in encoded.shared)])
+        held = Held([self._file(parts)], [size_of(parts)])
+        try:
+            for fd, size in encoded.shared:
+                held.fds.append(os.dup(fd))
+                held.sizes.append(size)
+        except OSError:
+            held.close()
+            raise
+        return held
 
     def _file(self, parts: Sequence[Buffer]) -> int:
         if self._directory is not None:

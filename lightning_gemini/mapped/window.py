@@ -19,6 +19,8 @@ class Window:
 
     def __init__(self, first: int, ranks: int, *, ahead: int, behind: int, limit: int) -> None:
         self.first, self.ranks, self.ahead, self.behind, self.limit = first, ranks, ahead, behind, limit
+        self.allowed = limit
+        """The user's limit; `limit` is less where there was no room for so much."""
         self.next = first
         """The number of the next batch to be made."""
         self.total = 0
@@ -41,9 +43,9 @@ class Window:
 
     def wait_for_room(self, size: int) -> bool:
         """Wait until `size` more bytes are within the limit. Raises `ValueError` where they never will be. False when it is over."""
-        if size > self.limit:
+        if size > self.allowed:
             need = -(-size >> 20)
-            raise ValueError(f"mapped_data.size_limit_mib={self.limit >> 20} cannot hold one batch of {size} bytes: give {need} or more")
+            raise ValueError(f"mapped_data.size_limit_mib={self.allowed >> 20} cannot hold one batch of {size} bytes: give {need} or more")
         with self._changed:
             self._changed.wait_for(lambda: self._over or self._fits(size))
             return not self._over
@@ -54,7 +56,14 @@ class Window:
             if self.total + size <= self.limit or not needed or number >= self._slowest():
                 break
             self._drop(number)
-        return self.total + size <= self.limit
+        return self.total + size <= self.limit or not self._entries
+
+    def shrink(self) -> bool:
+        """There is no room for another batch beside those that are kept: let them be the most. False where none is kept."""
+        with self._changed:
+            if self.total:
+                self.limit = self.total
+            return bool(self.total)
 
     def add(self, entry: Held) -> None:
         """The next batch."""

@@ -151,6 +151,12 @@ def read_ahead(trainer: pl.Trainer) -> int:
     return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
 
 
+def interrupted_at(trainer: pl.Trainer) -> int:
+    """Batches of the present epoch that were used before the checkpoint that `fit` goes on from; 0 without one, or at an epoch's end."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return 0 if progress.is_last_batch or not trainer.fit_loop.restarting else progress.current.ready
+
+
 def forget_loaders(trainer: pl.Trainer) -> None:
     """Undo what the first entry of `fit` set up, before a second entry in the same process."""
     loop = trainer.fit_loop

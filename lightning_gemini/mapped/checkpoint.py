@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 _KEY = "lightning_gemini_data"
+_VERSION = 1
 
 
 def pack(own: dict[str, Any]) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def pack(own: dict[str, Any]) -> dict[str, Any]:
     if dist.is_available() and dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, data)
-    return {_KEY: [torch.frombuffer(bytearray(item), dtype=torch.uint8) for item in everyone]}
+    return {"version": _VERSION, _KEY: [torch.frombuffer(bytearray(item), dtype=torch.uint8) for item in everyone]}
 
 
 def unpack(state: dict[str, Any]) -> dict[str, Any]:
@@ -33,6 +34,11 @@ def unpack(state: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"the checkpoint's loader state has the keys {sorted(state)}: it was not saved with mapped data; resume it without, "
             "or from a checkpoint at the end of an epoch"
+        )
+    if state.get("version") != _VERSION:
+        raise ValueError(
+            f"the checkpoint's loader state has version {state.get('version')}, this is {_VERSION}: resume it with the version of "
+            "lightning_gemini that saved it, or from a checkpoint at the end of an epoch without its loader state"
         )
     entries = state[_KEY]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)

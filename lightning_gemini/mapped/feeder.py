@@ -12,6 +12,7 @@ the feeder dies -> ranks see end of file and start another at their position.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import selectors
@@ -37,6 +38,7 @@ from lightning_gemini.mapped.window import Window
 
 log = logging.getLogger(__name__)
 _TICK_S = 1.0
+_PAUSE_S = 0.05
 _GRACE_S = 2.0
 """How long a feeder that is no longer needed waits for the batch it is making, so that its workers end in good order: one that is killed
 while torch makes its shared memory leaves a file in /dev/shm."""
@@ -191,16 +193,24 @@ class Feeder:
     # ---- the second thread: the ranks
 
     def _serve(self) -> None:
+        try:
+            self._serve_ranks()
+            self._listener.close()
+            self.window.end()
+            self._made.wait(_GRACE_S)
+        except BaseException:
+            log.exception("the loader process ends by a fault of its own; ranks start another")
+        os.killpg(0, signal.SIGKILL)
+
+    def _serve_ranks(self) -> None:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
         self._selector.register(self._owner, selectors.EVENT_READ, self._end)
         while len(self._left) < self.task.ranks and not self._ending:
             for key, _ in self._selector.select(_TICK_S):
                 key.data()
-        self._listener.close()
-        self.window.end()
-        self._made.wait(_GRACE_S)
-        os.killpg(0, signal.SIGKILL)
+            for reader in [reader for reader in self._readers.values() if reader.waits]:
+                self._push(reader)
 
     def _end(self) -> None:
         self._ending = True
@@ -212,7 +222,13 @@ class Feeder:
             self._push(reader)
 
     def _accept(self) -> None:
-        sock, _ = self._listener.accept()
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self._made.wait(_PAUSE_S)  # it stays in the queue
+            return
         not_in_children(sock)
         if not wire.same_user(sock):
             return sock.close()
@@ -253,19 +269,18 @@ class Feeder:
 
     def _push(self, reader: _Reader) -> None:
         """All that is there and was not sent yet; what the socket does not take waits for the next occasion."""
-        with contextlib.suppress(BlockingIOError), self.window.lock:
-            while reader.member is not None and not reader.ended:
+        reader.waits = False
+        with self.window.lock:
+            while not reader.waits and reader.member is not None and not reader.ended:
                 entry = self.window.batch(reader.next)
                 if entry is not None:
-                    reader.send(wire.Batch(number=reader.next, sizes=entry.sizes), *entry.fds)
-                    reader.next += 1
+                    if reader.send(wire.Batch(number=reader.next, sizes=entry.sizes), *entry.fds):
+                        reader.next += 1
                 elif reader.next < self.window.next:
-                    reader.send(wire.Gone())
-                    reader.ended = True
+                    reader.ended = reader.send(wire.Gone())
                 elif self._last is not None:
                     message, held = self._last
-                    reader.send(message, *(held.fds if held is not None else []))
-                    reader.ended = True
+                    reader.ended = reader.send(message, *(held.fds if held is not None else []))
                 else:
                     return
 
@@ -290,8 +305,18 @@ class _Reader:
         self.member: int | None = None
         self.next = 0
         self.ended = False
+        self.waits = False
+        """There was no room for what comes next."""
 
-    def send(self, message: wire.FromFeeder, *descriptors: int) -> None:
-        """Raises `BlockingIOError` where there is no room; a rank that is gone is noticed by its end of file."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    def send(self, message: wire.FromFeeder, *descriptors: int) -> bool:
+        """False where there is no room: in the socket, or among the descriptors that this user may have under way (RLIMIT_NOFILE, for
+        all processes together). A rank that is gone is noticed by its end of file."""
+        try:
             socket.send_fds(self.sock, [wire.encode(message)], list(descriptors))
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS):
+                raise
+            self.waits = True
+        return not self.waits

@@ -63,6 +63,8 @@ class Stream:
     """Batches that the loop has taken and not used yet."""
     epoch_is_over: Callable[[], bool]
     """Whether the newest batch is the last one the loop wants of this epoch."""
+    interrupted_at: Callable[[], int] = lambda: 0
+    """Batches of the epoch that a checkpoint says were used."""
     settled: Callable[[], None] = lambda: None
     """Called when no replaced rank can go back to what came before this epoch."""
 
@@ -122,6 +124,10 @@ class MappedLoader(PositionedLoader):
         self._records.clear()
         self._count = 0
         if begin is None:
+            if not self._feeds and (used := self._stream.interrupted_at()):
+                log.warning(
+                    "the checkpoint, after batch %s of its epoch, was saved without mapped data: the epoch begins anew", used
+                )
             self._at_iter = self.capture()
             return self._first()
         return self._saved(begin) if "now" in begin else self._replaced(begin)

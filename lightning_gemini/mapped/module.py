@@ -42,6 +42,11 @@ class MMapDataModule(pl.LightningDataModule):
             if is_overridden(name, datamodule, parent=pl.LightningDataModule):
                 setattr(self, name, getattr(datamodule, name))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a process that was spawned."""
+        self.__dict__.update(state)
+        install()
+
     def __getattr__(self, name: str) -> Any:
         if name == "wrapped":
             raise AttributeError(name)

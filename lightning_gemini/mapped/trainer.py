@@ -152,6 +152,7 @@ def _stream(trainer: pl.Trainer, config: DataConfig, *, recovers: bool) -> Strea
         ranks=ranks,
         ahead=lambda: compat.read_ahead(trainer),
         epoch_is_over=lambda: trainer.is_last_batch,
+        interrupted_at=lambda: compat.interrupted_at(trainer),
         settled=lambda: _close_before(min(trainer.current_epoch, max(_Process.loaders.values(), default=0))),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ DATA: dict[str, tuple[Callable[[], Any], int]] = {
 
 def train(directory: Path, make: Callable[[], Any], world: int, resume: Path | None, strategy: Any, **settings: Any) -> None:
     torch.set_printoptions(precision=10)
+    logging.getLogger("lightning_gemini").addHandler(logging.FileHandler(directory / "log"))
     pl.seed_everything(1)
     if resume is not None:
         torch.rand(100)  # the generators of a new process are somewhere else altogether
@@ -168,3 +170,16 @@ def test_another_number_of_ranks(tmp_path: Path, whole: tuple[str, Result]) -> N
         result = run_plain(directory, lambda d=directory, c=checkpoint, s=strategy: train(d, make, other, c, s), other)  # type: ignore[misc]
         assert (result.exit_status == 0) == (message is None), result.output[-4000:]
         assert message is None or message in result.output
+
+
+def test_a_checkpoint_without_mapped_data(tmp_path: Path) -> None:
+    """Its place in the epoch is lost, as without us; Lightning, which would say so, takes our loader for one that knows it."""
+    said = {}
+    for step in (4, 6):
+        bare = run_plain(tmp_path / "bare", lambda: train(tmp_path / "bare", lambda: Module(0), 2, None, DDPStrategy()), 2)
+        assert bare.exit_status == 0, bare.output[-4000:]
+        checkpoint, directory = tmp_path / "bare" / "ckpt" / f"step={step}.ckpt", tmp_path / f"mapped{step}"
+        result = run_plain(directory, lambda d=directory, c=checkpoint: train(d, DATA["data module"][0], 2, c, DDPStrategy()), 2)  # type: ignore[misc]
+        assert result.exit_status == 0, result.output[-4000:]
+        said[step] = (directory / "log").read_text().count("after batch 4 of its epoch, was saved without mapped data")
+    assert said == {4: 2, 6: 0}

@@ -126,8 +126,8 @@ class Feeder:
         self._waker.setblocking(False)
         self._wake.setblocking(False)
         self._owner = os.pidfd_open(owner)
-        self._reserve = os.dup(self._owner)
-        """Given up to be able to say that there are no descriptors."""
+        self._reserves = [os.dup(self._owner) for _ in range(task.ranks + 1)]
+        """Given up where there are no descriptors, to let a rank in, and to say so."""
         for sock in (self._wake, self._waker):
             not_in_children(sock)
 
@@ -140,7 +140,7 @@ class Feeder:
             self._produce()
         except BaseException as error:  # whatever it is, the ranks must not wait for ever
             number = self.window.next
-            os.close(self._reserve)
+            self._give_up_reserve()
             text = Encoded([carry(error)], [])
             self._finish(wire.Failed(number=number, size=text.size), Shelf(None).put(text))
         self._made.set()
@@ -181,6 +181,12 @@ class Feeder:
             else:
                 self.window.add(held)
                 return self._notify()
+
+    def _give_up_reserve(self) -> bool:
+        if self._reserves:
+            os.close(self._reserves.pop())
+            return True
+        return False
 
     def _finish(self, last: wire.End | wire.Failed, held: Held | None) -> None:
         self._last = (last, held)
@@ -227,8 +233,9 @@ class Feeder:
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            self._made.wait(_PAUSE_S)  # it stays in the queue
-            return
+            if not self._give_up_reserve():
+                self._made.wait(_PAUSE_S)
+            return  # it is still in the queue
         not_in_children(sock)
         if not wire.same_user(sock):
             return sock.close()

@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import select
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_gemini.config import DataConfig
 from lightning_gemini.mapped.feeder import Owner
@@ -41,9 +42,11 @@ class Poor(Dataset[torch.Tensor]):
         return torch.full((2048,), float(index))
 
 
-def mapped(data: Dataset[Any], started: list[int]) -> MappedLoader:
+def mapped(data: Dataset[Any], started: list[int], prefetch_length: int = 20) -> MappedLoader:
     stream = Stream(f"no-room-{os.getpid()}-{id(data)}", 0, 1, lambda: 0, lambda: False)
-    return MappedLoader(DataLoader(data, batch_size=2), DataConfig(prefetch_length=20), stream, Owner(os.getpid(), started=started.append))
+    return MappedLoader(
+        DataLoader(data, batch_size=2), DataConfig(prefetch_length=prefetch_length), stream, Owner(os.getpid(), started=started.append)
+    )
 
 
 @pytest.fixture
@@ -78,3 +81,30 @@ def test_without_any_room_the_user_is_told() -> None:
     with pytest.raises(OSError, match="Too many open files"):
         list(loader)
     loader.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the kernel limits descriptors under way for ordinary users only: needs root to become one")
+def test_descriptors_under_way_are_limited_for_all_processes_of_a_user() -> None:
+    """Four loader processes send more of them than the user may have; each goes on when ranks have taken theirs."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+            os.setgid(65534)
+            os.setuid(65534)
+            started: list[int] = []
+            loaders = [mapped(TensorDataset(torch.arange(800.0)), started, prefetch_length=100) for _ in range(4)]
+            rows = zip(*loaders, strict=True)  # side by side: all of them have batches under way
+            os.write(writer, f"{sum(float(batch.sum()) for row in rows for (batch,) in row)} {len(started)}\n".encode())
+            for loader in loaders:
+                loader.close()
+        except BaseException as error:
+            os.write(writer, repr(error).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as told:
+        assert told.read() == f"{4 * sum(range(800)):.1f} 4\n"
+    assert os.waitpid(child, 0)[1] == 0

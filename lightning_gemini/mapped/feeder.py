@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,17 +75,21 @@ def start(task: Task, listener: socket.socket, owner: Owner) -> int:
     keep(listener)
     child = os.fork()
     if child == 0:
-        os.close(reader)
-        if os.fork() == 0:
-            os.write(writer, os.getpid().to_bytes(8, "little"))
-            os.close(writer)
-            _run(task, listener, owner)
-        os._exit(0)
+        try:  # whatever happens, this copy of the rank must not go on as the rank
+            os.close(reader)
+            if os.fork() == 0:
+                os.write(writer, os.getpid().to_bytes(8, "little"))
+                os.close(writer)
+                _run(task, listener, owner)
+        finally:
+            os._exit(0)
     os.close(writer)
     listener.close()
     with open(reader, "rb") as file:
         pid = int.from_bytes(file.read(8), "little")
     os.waitpid(child, 0)
+    if not pid:
+        raise OSError(errno.EAGAIN, "no loader process could be started: the system has no room for another process")
     owner.started(pid)
     return pid
 
@@ -94,16 +99,25 @@ def _run(task: Task, listener: socket.socket, owner: Owner) -> None:
     try:
         os.setsid()
         signal.signal(signal.SIGTERM, lambda *_: None)  # the second thread hears of it, and ends the workers in good order
+        os.register_at_fork(after_in_child=_as_usual)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to answer
         not_in_children(listener)
         owner.forked()
         torch.set_num_threads(1)  # the pool of the parent's threads is not here
         Feeder(task, listener, owner.pid).run()
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         with contextlib.suppress(OSError):
             sys.stderr.flush()
         os._exit(status)
+
+
+def _as_usual() -> None:
+    """In the loader's workers: signals end them."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Feeder:

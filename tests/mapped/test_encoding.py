@@ -45,8 +45,8 @@ def again(value: Any) -> Any:
 
 def content(held: Held) -> Any:
     """Maps of a batch's files, decoded."""
-    own, *shared = [read(fd, size) for fd, size in zip(held.fds, held.sizes, strict=True)]
-    return decode(own, shared)
+    own, *others = [read(fd, size) for fd, size in zip(held.fds, held.sizes, strict=True)]
+    return decode(own, others)
 
 
 def same(found: Any, expected: Any) -> None:
@@ -234,11 +234,16 @@ BIG = 1 << 16
 """Floats of a tensor that is worth a descriptor of its own."""
 
 
+def shared(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.share_memory_()  # type: ignore[no-untyped-call]
+    return tensor
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_large_tensors_in_shared_memory(share: bool) -> None:
     """They stay there, views of them too; the others are written, and all come back."""
-    big, small, own = torch.rand(2, BIG).share_memory_(), torch.rand(9).share_memory_(), torch.rand(BIG)
-    value = [own, small, big, big[1:], big.T, big[:, ::2], torch.rand(2, BIG).share_memory_()]
+    big, small, own = shared(torch.rand(2, BIG)), shared(torch.rand(9)), torch.rand(BIG)
+    value = [own, small, big, big[1:], big.T, big[:, ::2], shared(torch.rand(2, BIG))]
     encoded = encode(value, share=share)
     held = Shelf(None).put(encoded)
     found = content(held)
@@ -252,7 +257,7 @@ def test_large_tensors_in_shared_memory(share: bool) -> None:
 
 
 def test_not_more_of_them_than_a_message_takes() -> None:
-    value = [torch.full((BIG,), float(i)).share_memory_() for i in range(30)]
+    value = [shared(torch.full((BIG,), float(i))) for i in range(30)]
     encoded = encode(value, share=True)
     assert 0 < len(encoded.shared) <= 8
     held = Shelf(None).put(encoded)

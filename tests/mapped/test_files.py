@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,8 @@ from lightning_gemini.mapped.files import Held, Shelf, new_key, opened, read
 TEXT = b"the quick brown fox jumps over the lazy dog" * 100
 
 
-def put(shelf: Shelf, parts: list[Buffer]) -> Held:
-    return shelf.put(Encoded(parts, []))
+def put(shelf: Shelf, parts: Sequence[Buffer]) -> Held:
+    return shelf.put(Encoded([*parts], []))
 
 
 def content(held: Held, key: bytes = b"") -> bytes:

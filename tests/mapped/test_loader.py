@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, WeightedRandomSampler
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
 
 from lightning_gemini.data.position import PositionedLoader
 from lightning_gemini.mapped import checkpoint
@@ -185,17 +185,24 @@ def test_states_of_others_are_refused(feeders: Feeders) -> None:
     with pytest.raises(ValueError, match=r"has the keys \['_snapshot'\]: it was not saved with mapped data; resume it without"):
         loader.load_state_dict({"_snapshot": 1})
     own = loader.state_dict()
-    key = next(iter(own))
+    with pytest.raises(ValueError, match="has version 0, this is 1: resume it with the version of lightning_gemini that saved it, or from"):
+        loader.load_state_dict({**own, "version": 0})
+    key = entries(own)
     with pytest.raises(ValueError, match="in the middle of an epoch by 2 ranks, this job has 1: resume it with 2, or from a checkpoint at"):
-        loader.load_state_dict({key: own[key] * 2})
+        loader.load_state_dict({**own, key: own[key] * 2})
+
+
+def entries(saved: dict[str, Any]) -> str:
+    """The key under which the ranks' entries are."""
+    return next(key for key, value in saved.items() if isinstance(value, list))
 
 
 def test_the_end_of_an_epoch_fits_any_number_of_ranks(feeders: Feeders) -> None:
     loader = feeders.mapped(of(Samples()), over=lambda: True)
     list(loader)
     own = loader.state_dict()
-    key = next(iter(own))
-    loader.load_state_dict({key: own[key] * 2})
+    key = entries(own)
+    loader.load_state_dict({**own, key: own[key] * 2})
     assert len(list(loader)) == 10
     assert all(isinstance(entry, torch.Tensor) for entry in own[key]), "a weights_only load takes it"
     assert checkpoint.unpack(own)["over"] is True

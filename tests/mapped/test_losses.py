@@ -122,15 +122,15 @@ def test_epochs_after_a_loss_are_the_same(feeders: Feeders) -> None:
 
 
 def test_skipped_samples_are_not_read_again(feeders: Feeders) -> None:
-    user = of(Samples(), shuffle=True)
-    loader = feeders.mapped(user, prefetch_length=1)
+    data = Samples()
+    loader = feeders.mapped(of(data, shuffle=True), prefetch_length=1)
     batches = iter(loader)
     for _ in range(6):
         next(batches)
-    before = user.dataset.reads.total
+    before = data.reads.total
     feeders.kill()
     assert len(list(batches)) == 4
-    assert user.dataset.reads.total - before == 8
+    assert data.reads.total - before == 8
 
 
 class Deadly(Samples):

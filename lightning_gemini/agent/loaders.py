@@ -41,7 +41,8 @@ class Loaders:
         """Ask all to end their workers and themselves, kill those that do not, and wait until they are gone."""
         self._sweep()
         for pidfd in self._pidfds.values():
-            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
         deadline = time.monotonic() + _GRACE_S
         for pid, pidfd in self._pidfds.items():
             if not _has_ended(pidfd, max(0.0, deadline - time.monotonic())):

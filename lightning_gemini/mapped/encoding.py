@@ -46,40 +46,46 @@ class Encoded:
         return size_of(self.parts) + sum(size for _, size in self.shared)
 
 
-class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, *, share: bool) -> None:
-        super().__init__(file, protocol=5, buffer_callback=self._take)
+class _Buffers:
+    """What lies raw. Apart from the pickler, which would keep itself and the batch alive as its own callback."""
+
+    def __init__(self, *, share: bool) -> None:
         self._share = share
-        self.buffers: list[tuple[int, int, memoryview]] = []
+        self.found: list[tuple[int, int, memoryview]] = []
         """(place, offset in a shared one, content)."""
         self.shared: list[tuple[int, int]] = []
         self._next = (0, 0)
 
-    def _take(self, buffer: pickle.PickleBuffer) -> None:
+    def __call__(self, buffer: pickle.PickleBuffer) -> None:
         (place, offset), self._next = self._next, (0, 0)
-        self.buffers.append((place, offset, buffer.raw()))
+        self.found.append((place, offset, buffer.raw()))
+
+    def expect(self, value: torch.Tensor, start: int) -> None:
+        """The next one is that of `value`, `start` bytes into its storage."""
+        if self._share and value.nbytes >= _SHARED_BYTES and len(self.shared) < _MOST_SHARED:
+            found = shared_memory(value)
+            if found is not None:
+                self.shared.append(found)
+                self._next = len(self.shared), start
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, buffers: _Buffers) -> None:
+        super().__init__(file, protocol=5, buffer_callback=buffers)
+        self._buffers = buffers
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not torch.Tensor or value.layout is not torch.strided or value.device.type != "cpu":
             return NotImplemented
-        if value.requires_grad or value.is_quantized or value.is_conj() or value.is_neg():
+        if value.requires_grad or value.is_quantized or value.is_nested or value.is_conj() or value.is_neg():
             return NotImplemented
         if torch.empty_like(value, device="meta").stride() != value.stride():  # it overlaps, or has holes
             value = value.contiguous()
         raw = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
         start = value.storage_offset() * value.element_size()
         raw = raw[start : start + value.numel() * value.element_size()]
-        self._next = self._place(value, start)  # of the buffer that is pickled next
+        self._buffers.expect(value, start)
         return _tensor, (pickle.PickleBuffer(cast(Any, raw.numpy())), value.dtype, tuple(value.shape), value.stride())
-
-    def _place(self, value: torch.Tensor, start: int) -> tuple[int, int]:
-        if not self._share or value.nbytes < _SHARED_BYTES or len(self.shared) == _MOST_SHARED:
-            return 0, 0
-        found = shared_memory(value)
-        if found is None:
-            return 0, 0
-        self.shared.append(found)
-        return len(self.shared), start
 
 
 def _tensor(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
@@ -91,23 +97,22 @@ def _tensor(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...], stride: tup
 
 def encode(value: Any, *, share: bool = False) -> Encoded:
     """`value` as parts whose concatenation `decode` reads; raw memory is referred to, not copied. With `share`, see `Encoded.shared`."""
-    skeleton = io.BytesIO()
-    pickler = _Pickler(skeleton, share=share)
+    skeleton, buffers = io.BytesIO(), _Buffers(share=share)
     try:
-        pickler.dump(value)
+        _Pickler(skeleton, buffers).dump(value)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
-        raise TypeError(f"a batch of type {type(value).__name__} cannot be handed to another process: {error}") from error
+        raise TypeError(f"a batch cannot be handed to another process: {error}") from error
     text = skeleton.getvalue()
-    position = _HEAD.size + _ROW.size * len(pickler.buffers) + len(text)
+    position = _HEAD.size + _ROW.size * len(buffers.found) + len(text)
     rows, parts = [], list[Buffer]()
-    for place, offset, buffer in pickler.buffers:
+    for place, offset, buffer in buffers.found:
         if not place:
             gap = -position % _ALIGN
             offset = position + gap
             parts += [bytes(gap), buffer]
             position = offset + buffer.nbytes
         rows.append(_ROW.pack(place, offset, buffer.nbytes))
-    return Encoded([b"".join([_HEAD.pack(len(text), len(rows)), *rows, text]), *parts], pickler.shared)
+    return Encoded([b"".join([_HEAD.pack(len(text), len(rows)), *rows, text]), *parts], buffers.shared)
 
 
 def size_of(parts: Sequence[Buffer]) -> int:

@@ -7,6 +7,7 @@ exception through a file. What cannot be pickled arrives as a `RuntimeError` wit
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import pickle
 import traceback
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 def name_samples(loader: Any) -> None:
     """Make errors of `loader`'s data set name the sample. A data set whose class cannot be changed keeps its errors as they are."""
-    if not isinstance(loader, DataLoader) or getattr(loader.multiprocessing_context, "_name", "fork") != "fork":
+    if not isinstance(loader, DataLoader) or _method(loader) != "fork":
         return
     data = loader.dataset
     kind = type(data)
@@ -25,6 +26,14 @@ def name_samples(loader: Any) -> None:
     own = {name: wrap(getattr(kind, name)) for name, wrap in methods.items() if hasattr(kind, name)}
     with contextlib.suppress(TypeError):
         data.__class__ = type(kind.__name__, (kind,), {**own, "__module__": kind.__module__, "__qualname__": kind.__qualname__})
+
+
+def _method(loader: DataLoader[Any]) -> str | None:
+    if not loader.num_workers:
+        return "fork"
+    context: Any = loader.multiprocessing_context or multiprocessing.get_context()
+    method: str | None = context.get_start_method()
+    return method
 
 
 def _indexing(method: Any) -> Any:

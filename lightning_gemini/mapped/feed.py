@@ -1,6 +1,6 @@
 """A rank's end of a feeder: batches in order, from any number on.
 
-Seam: `Feed.connect(name, …)`, `attach(number)`, then `next()` until `StopIteration`; `close(bye=True)` when nothing more is needed.
+Seam: `Feed.connect(name, …)`, `attach(number)`, then `next()` until `EndOfData`; `close(bye=True)` when nothing more is needed.
 
 States: attached -> ended. Failures: the feeder is gone (killed, out of memory) -> `FeederLost`, and the loader starts another at its
 position; the batch is older than what is kept -> `BatchGone`, likewise; the user's exception is raised as itself.
@@ -27,6 +27,14 @@ _SLICE_S = 1.0
 
 class FeederLost(Exception):
     """The loader process has ended before its time."""
+
+
+class EndOfData(StopIteration):
+    """There is no further batch; `after` is what the loader's generators were then."""
+
+    def __init__(self, after: Any) -> None:
+        super().__init__("the end of the data")
+        self.after = after
 
 
 class BatchGone(Exception):
@@ -62,7 +70,7 @@ class Feed:
         self._send(wire.Attach(member=self._member, number=number))
 
     def next(self) -> tuple[Any, Any]:
-        """The next batch and its record. Raises `StopIteration`, `FeederLost`, `BatchGone`, or the user's exception."""
+        """The next batch and its record. Raises `EndOfData`, `FeederLost`, `BatchGone`, or the user's exception."""
         self._send(wire.Want(number=self._number))
         while True:
             message, descriptors = self._receive()
@@ -78,8 +86,8 @@ class Feed:
                         own, *shared = (read(fd, size) for fd, size in zip(descriptors, sizes, strict=True))
                         batch, record = decode(opened(own, self._key), shared)
                         return batch, record
-                    case wire.End():
-                        raise StopIteration
+                    case wire.End(size=size):
+                        raise EndOfData(decode(read(descriptors[0], size)))
                     case wire.Failed(size=size):
                         raise reproduce(bytes(read(descriptors[0], size)))
             finally:

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -103,6 +104,8 @@ def _run(task: Task, listener: socket.socket, owner: Owner) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to answer
         not_in_children(listener)
         owner.forked()
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor or more per batch
         torch.set_num_threads(1)  # the pool of the parent's threads is not here
         Feeder(task, listener, owner.pid).run()
         status = 0
@@ -133,6 +136,9 @@ class Feeder:
         self._last: tuple[wire.End | wire.Failed, Held | None] | None = None
         self._readers: dict[socket.socket, _Reader] = {}
         self._left: set[int] = set()
+        self._workers = getattr(task.loader, "num_workers", 0) > 0
+        """What they put into shared memory is the batch's alone; what this process finds there may be written again."""
+        self._inherited: Any = None
         self._made = threading.Event()
         self._ending = False
         self._selector = selectors.DefaultSelector()
@@ -165,6 +171,9 @@ class Feeder:
     def _produce(self) -> None:
         task = self.task
         name_samples(task.loader)
+        self._inherited = getattr(task.loader, "_iterator", None)  # persistent workers are the rank's: not to be touched, nor dropped
+        if self._inherited is not None:
+            task.loader._iterator = None
         loader = PositionedLoader(task.loader, scalars=True)
         loader.begin_at(task.begin)
         if self._wait():
@@ -173,7 +182,8 @@ class Feeder:
                 try:
                     batch = next(batches)
                 except StopIteration:
-                    return self._finish(wire.End(number=self.window.next), None)
+                    after = encode(loader.carry())
+                    return self._finish(wire.End(number=self.window.next, size=after.size), Shelf(None).put(after))
                 self._put(loader, batch)
                 del batch
             batches.close()  # type: ignore[attr-defined]  # ends the workers in good order
@@ -184,7 +194,7 @@ class Feeder:
     def _put(self, loader: PositionedLoader, batch: Any) -> None:
         position = loader.position()
         after = {**loader.carry(), "loader": loader.own_state(), "workers": loader.workers_at(position["count"])}
-        encoded = encode((batch, {"position": position, "after": after}), share=self._shelf.shares)
+        encoded = encode((batch, {"position": position, "after": after}), share=self._shelf.shares and self._workers)
         while self.window.wait_for_room(encoded.size):
             try:
                 held = self._shelf.put(encoded)
@@ -272,6 +282,8 @@ class Feeder:
             case wire.Want(number=number) if reader.member is not None:
                 self.window.want(reader.member, number)
                 self._push(reader)
+            case wire.Want():  # it has not heard yet that its batch is gone
+                pass
             case wire.Bye(member=member):
                 self._left.add(member)
                 self.window.leave(member)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import os
 import secrets
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
 
 from lightning_gemini.mapped.encoding import Buffer, Encoded, size_of
 
@@ -110,17 +112,16 @@ def _write(fd: int, parts: Sequence[Buffer]) -> int:
         raise
 
 
-def read(fd: int, size: int) -> mmap.mmap:
-    """The file's content. What its reader writes into it stays its own: the map is private."""
-    return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+def read(fd: int, size: int) -> memoryview:
+    """The file's content. What its reader writes into it stays its own: the map is private. It needs the descriptor no more (Python's own
+    `mmap` would keep one per batch)."""
+    mapped = torch.from_file(f"/proc/self/fd/{fd}", shared=False, size=size, dtype=torch.uint8)
+    return memoryview(cast(Any, mapped.numpy()))
 
 
-def opened(mapped: mmap.mmap, key: bytes) -> mmap.mmap | memoryview:
+def opened(mapped: memoryview, key: bytes) -> memoryview:
     """What was put there; with a `key`, decrypted into memory of its own."""
-    if not key:
-        return mapped
-    with mapped:
-        return memoryview(bytearray(_open(key, mapped)))
+    return mapped if not key else memoryview(bytearray(_open(key, mapped)))
 
 
 def new_key() -> bytes:
@@ -134,7 +135,7 @@ def _seal(key: bytes, data: bytes) -> bytes:
     return nonce + bytes(_cipher(key).encrypt(nonce, data, None))
 
 
-def _open(key: bytes, data: mmap.mmap) -> bytes:
+def _open(key: bytes, data: memoryview) -> bytes:
     return bytes(_cipher(key).decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], None))
 
 

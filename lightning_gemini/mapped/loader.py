@@ -31,13 +31,14 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
 
 from lightning_gemini.config import DataConfig
 from lightning_gemini.data.parts import changed, counting, held_by, restore_scalars
 from lightning_gemini.data.position import READ_AHEAD, PositionedLoader
 from lightning_gemini.forks import not_in_children
 from lightning_gemini.mapped import checkpoint, wire
-from lightning_gemini.mapped.feed import BatchGone, Feed, FeederLost
+from lightning_gemini.mapped.feed import BatchGone, EndOfData, Feed, FeederLost
 from lightning_gemini.mapped.feeder import Owner, Task, start
 from lightning_gemini.state import rng
 
@@ -82,6 +83,9 @@ class MappedLoader(PositionedLoader):
         super().__init__(loader)
         self._config, self._stream, self._owner = config, stream, owner
         self._records: deque[Any] = deque(maxlen=READ_AHEAD + 1)
+        self._ended: Any = None
+        self._after_iter: dict[str, Any] | None = None
+        """The generators after `iter()` of the bare loader."""
         self._index, _Numbers.next = _Numbers.next, _Numbers.next + 1
         self._feeds = 0
         self._name, self._feed = "", _no_feed()
@@ -95,7 +99,8 @@ class MappedLoader(PositionedLoader):
     def position(self, ahead: int = 0) -> dict[str, Any]:
         """As `PositionedLoader.position`; the record says how to make the batch again where no feeder has it."""
         place = {"index": self._index, "feeds": self._feeds, "name": self._name, "previous": self._previous}
-        return {"count": self._count - ahead, "at_iter": self._at_iter, "record": self._record(ahead), **place}
+        generators = {"at_iter": self._at_iter, "started": self._after_iter}
+        return {"count": self._count - ahead, "record": self._record(ahead), **generators, **place}
 
     def _record(self, ahead: int) -> Any:
         return self._records[-(ahead + 1)] if len(self._records) > ahead else None
@@ -107,8 +112,17 @@ class MappedLoader(PositionedLoader):
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: what comes after the batches that the loop has used. All ranks call it."""
         ahead = self._stream.ahead()
-        own = {"count": self._count - ahead, "record": self._record(ahead), "over": self._stream.epoch_is_over(), "now": self.capture()}
-        return checkpoint.pack(own)
+        record, now = self._record(ahead), self.capture()
+        if record is None and self._at_iter is not None:  # whatever was read ahead will be read again
+            now = self._at_iter
+        elif record is not None:
+            now = {**now, "held": self._held()}
+        return checkpoint.pack({"count": self._count - ahead, "record": record, "over": self._stream.epoch_is_over(), "now": now})
+
+    def _held(self) -> Any:
+        """What the feeder has made of the generators that the loader holds."""
+        newest = self._ended or (self._records[-1]["after"] if self._records else {})
+        return newest.get("held", {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin there. Raises `ValueError` for the state of another kind of loader."""
@@ -119,18 +133,23 @@ class MappedLoader(PositionedLoader):
     def __iter__(self) -> Iterator[Any]:
         begin, self._begin = self._begin, None
         self._generators = held_by(self._loader)
-        if begin is None and self._records:
-            rng.restore_private(self._generators, self._records[-1]["after"]["held"])
+        if begin is None:
+            rng.restore_private(self._generators, self._held())
         self._records.clear()
+        self._ended = None
         self._count = 0
         if begin is None:
             if not self._feeds and (used := self._stream.interrupted_at()):
-                log.warning(
-                    "the checkpoint, after batch %s of its epoch, was saved without mapped data: the epoch begins anew", used
-                )
-            self._at_iter = self.capture()
+                log.warning("the checkpoint, after batch %s of its epoch, was saved without mapped data: the epoch begins anew", used)
+            self._start_epoch()
             return self._first()
         return self._saved(begin) if "now" in begin else self._replaced(begin)
+
+    def _start_epoch(self) -> None:
+        self._at_iter = self.capture()
+        if isinstance(self._loader, DataLoader):  # its iterator draws a seed for its workers, also without any
+            torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator)
+        self._after_iter = self.capture()
 
     def _feed_name(self) -> str:
         self._feeds += 1
@@ -138,8 +157,8 @@ class MappedLoader(PositionedLoader):
 
     def _first(self) -> Iterator[Any]:
         """An epoch from its beginning. Lazy, so that the sampler's epoch is set before the feeder is forked."""
-        now, at_iter = self.capture(), self._at_iter
-        drawn_since = pickle.dumps(now) != pickle.dumps(at_iter)
+        now, at_iter = self.capture(), self._at_iter  # where something has drawn since `iter()`, the first fetch begins with that
+        drawn_since = pickle.dumps(now) != pickle.dumps(self._after_iter)
         begin = {"count": 0, "at_iter": at_iter, "at_fetch": [now] if drawn_since else []}
         yield from self._batches(begin, self._feed_name())
 
@@ -153,20 +172,20 @@ class MappedLoader(PositionedLoader):
             self._count = position["count"] - 1
             yield from self._batches(position["record"]["position"], self._name)
         else:
+            self._after_iter = position["started"]
             if self._at_iter is None:
-                self._at_iter = self.capture()
-            else:
-                self._restore(self._at_iter)
+                self._start_epoch()
             yield from self._first()
 
     def _saved(self, state: dict[str, Any]) -> Iterator[Any]:
         """After a checkpoint: the batch that comes next, and the random numbers that come next."""
         if state["now"] is not None:
             self._restore(state["now"])
-        self._at_iter = self.capture()
         if state["over"] or state["record"] is None:
+            self._start_epoch()
             yield from self._first()
         else:
+            self._at_iter = self.capture()
             self._count = state["count"]
             yield from self._batches(_after(state["record"]), self._feed_name())
 
@@ -178,7 +197,8 @@ class MappedLoader(PositionedLoader):
                 if self._feed is None:
                     self._feed = self._open(begin)
                 batch, record = self._feed.next()
-            except StopIteration:
+            except EndOfData as end:
+                self._ended = end.after
                 return
             except BatchGone:
                 self._drop_feed(bye=True)

@@ -9,6 +9,7 @@ errors travel as descriptors of nameless files. The kernel names the user at the
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import struct
@@ -60,9 +61,10 @@ class Batch(Message, tag="batch"):
 
 
 class End(Message, tag="end"):
-    """There are `number` batches."""
+    """There are `number` batches. With one descriptor: the loader's generators after the last."""
 
     number: int
+    size: int
 
 
 class Failed(Message, tag="failed"):
@@ -86,7 +88,8 @@ def new_socket() -> socket.socket:
 
 def address(name: str) -> bytes:
     """The abstract address of feeder `name` of this user."""
-    return f"\0lightning-gemini-feeder/{os.geteuid()}/{name}".encode()
+    digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()  # such an address has 108 bytes at most
+    return f"\0lightning-gemini-feeder/{os.geteuid()}/{digest}".encode()
 
 
 def same_user(sock: socket.socket) -> bool:

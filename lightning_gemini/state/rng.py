@@ -67,11 +67,15 @@ def restore_private(generators: dict[str, Any], states: dict[str, Any]) -> None:
             generator.setstate(state)
         elif isinstance(generator, np.random.Generator):
             generator.bit_generator.state = state
-        elif isinstance(generator, (np.random.RandomState, torch.Generator)):
+        elif isinstance(generator, np.random.RandomState):
             generator.set_state(state)
+        elif isinstance(generator, torch.Generator):
+            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 def _get(generator: Any) -> Any:
     if isinstance(generator, random.Random):
         return generator.getstate()
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().numpy().tobytes()
     return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state()

@@ -164,11 +164,14 @@ def test_two_ranks_lose_one(feeders: Feeders) -> None:
     user, name = of(Samples(), shuffle=True), f"two-{os.urandom(8).hex()}"
     seed()
     expected = list(feeders.mapped(user))
-    seed()
-    first, second = (iter(feeders.mapped(user, name=name, member=member, ranks=2, prefetch_length=1)) for member in range(2))
-    for loader in feeders.loaders[1:]:
-        loader._index = 0  # as in two processes
-    found = [[next(first)], [next(second)]]
+    found, ranks = [], []
+    for member in range(2):  # each with the generators that it would have in a process of its own
+        seed()
+        loader = feeders.mapped(user, name=name, member=member, ranks=2, prefetch_length=1)
+        loader._index = 0
+        ranks.append(iter(loader))
+        found.append([next(ranks[member])])
+    first, second = ranks
     assert len(feeders.started) == 2
     feeders.kill()
     for _ in range(9):

@@ -104,7 +104,7 @@ NONSENSE = {
     "a long map": msgspec.msgpack.encode({"type": "want", "number": 0, "more": "x" * 20_000}),
     "not a struct": msgspec.msgpack.encode([1, 2]),
     "unknown": msgspec.msgpack.encode({"type": "destroy"}),
-    "of the feeder": wire.encode(wire.End(number=0)),
+    "of the feeder": wire.encode(wire.End(number=0, size=0)),
     "incomplete": msgspec.msgpack.encode({"type": "attach", "member": 0}),
     "wrong type": msgspec.msgpack.encode({"type": "want", "number": "0"}),
     "huge": msgspec.msgpack.encode({"type": "want", "number": 2**64 - 1})[:-1],

@@ -267,6 +267,8 @@ class MappedLoader(PositionedLoader):
             if feed is not None:
                 feed.attach(self._count)
                 return feed
+            if listener is not None:
+                raise FeederLost("it has ended at once")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the name of the loader process {self._name!r} is taken by one that does not answer")
             time.sleep(_RETRY_S)

@@ -92,6 +92,7 @@ LIGHTNING: dict[str, list[Find]] = {
 TORCH: dict[str, list[Find]] = {
     "_rebuild_buckets": [lambda t: dist.Reducer],
     "_get_fsdp_state": [lambda t: FSDPModule],
+    "_share_fd_cpu_": [lambda t: torch.UntypedStorage],
     "_is_root": [lambda t: importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_state").FSDPState()],
 }
 # not underscored, but undocumented, or newer than the oldest version that we name

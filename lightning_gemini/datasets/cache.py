@@ -73,6 +73,7 @@ class _Unwritable(Exception):
 
 
 def build_or_open(directory: Path, recipe: Recipe, produce: Produce, limits: Limits | None = None) -> TokenStore:
+    """The tokens of `recipe`, from the cache in `directory` or made by `produce` and kept there. Raises as the module's docstring says."""
     limits = limits or Limits()
     contents = Contents(directory)
     key = recipe.key(contents)

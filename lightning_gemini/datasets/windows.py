@@ -22,6 +22,8 @@ from lightning_gemini.datasets.store import Array, TokenStore
 
 
 class TokenWindows(Dataset[dict[str, torch.Tensor]]):
+    """Samples of `sequence_length` tokens: `input_ids` and `labels`, int64, of that shape each. See the module's docstring."""
+
     def __init__(self, tokens: TokenStore, sequence_length: int) -> None:
         whole("sequence_length", sequence_length, 1)
         require(tokens.dtype.kind in "iu", "dtype", tokens.dtype.name, "training samples are made of whole numbers")

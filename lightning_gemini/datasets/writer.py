@@ -25,6 +25,8 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class IndexedWriter:
+    """Writes `<prefix>.bin` and `<prefix>.idx` of tokens of one dtype; see the module's docstring."""
+
     def __init__(self, prefix: str | os.PathLike[str], dtype: DTypeLike, *, mode: int = 0o600) -> None:
         self.dtype: np.dtype[Any] = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in _CODES:

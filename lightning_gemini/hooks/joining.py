@@ -28,7 +28,7 @@ from lightning_gemini.environment import GeminiEnvironment
 from lightning_gemini.hooks.base import _process
 from lightning_gemini.hooks.stepping import Stepping
 from lightning_gemini.launcher import GeminiLauncher
-from lightning_gemini.mapped.feeder import Owner
+from lightning_gemini.mapped.forking import Owner
 from lightning_gemini.mapped.trainer import close_all, set_up_ahead
 from lightning_gemini.peers.roster import Roster
 from lightning_gemini.recovery.engine import Engine

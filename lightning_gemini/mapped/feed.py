@@ -19,6 +19,7 @@ from lightning_gemini.mapped import wire
 from lightning_gemini.mapped.encoding import decode
 from lightning_gemini.mapped.errors import reproduce
 from lightning_gemini.mapped.files import opened, read
+from lightning_gemini.unix import other_user
 
 _MOST_FDS = 16
 _SLICE_S = 1.0
@@ -59,7 +60,7 @@ class Feed:
         except (ConnectionRefusedError, FileNotFoundError):
             sock.close()
             return None
-        if not wire.same_user(sock):
+        if other_user(sock) is not None:
             sock.close()
             raise PermissionError(f"the loader process {name!r} belongs to another user: its data is not read")
         return cls(sock, member)

@@ -1,8 +1,6 @@
 """The loader process: runs the user's DataLoader and keeps the batches around the ranks' position.
 
-Seam: `start(loader, …)` forks it from the rank that asks first, so that it has the loader exactly as the rank has it, generators included;
-forked twice, so that it is no child of the rank and does not end with it. `Owner` says whose end is its own: the agent's, or without an
-agent the process that started it.
+Seam: `Feeder(task, listener, owner).run()`, in the process that `forking` has made for it; it does not return.
 
 States: serving -> ended (all ranks said Bye, or the owner is gone; then its whole process group goes). Its main thread runs the loader, a
 second one talks to ranks. Failures: the loader raises -> the exception goes to every rank that gets there, as itself, never an early end;
@@ -15,28 +13,24 @@ import contextlib
 import errno
 import logging
 import os
-import resource
 import selectors
 import signal
 import socket
-import sys
 import threading
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import torch
 
 from lightning_gemini.config import DataConfig
 from lightning_gemini.data.position import PositionedLoader
-from lightning_gemini.forks import keep, not_in_children
+from lightning_gemini.forks import not_in_children
 from lightning_gemini.mapped import wire
 from lightning_gemini.mapped.encoding import Encoded, encode
 from lightning_gemini.mapped.errors import carry, name_samples
 from lightning_gemini.mapped.files import NO_ROOM, Held, Shelf, new_key
 from lightning_gemini.mapped.window import Window
+from lightning_gemini.unix import other_user
 
 log = logging.getLogger(__name__)
 _TICK_S = 1.0
@@ -44,17 +38,6 @@ _PAUSE_S = 0.05
 _GRACE_S = 2.0
 """How long a feeder that is no longer needed waits for the batch it is making, so that its workers end in good order: one that is killed
 while torch makes its shared memory leaves a file in /dev/shm."""
-
-
-@dataclass(slots=True)
-class Owner:
-    """Whose end is the feeder's end, and what its process does first."""
-
-    pid: int
-    forked: Callable[[], None] = lambda: None
-    """Called in the feeder: gives up what it inherited from the rank."""
-    started: Callable[[int], None] = lambda pid: None
-    """Called in the rank with the feeder's process id."""
 
 
 @dataclass(slots=True)
@@ -66,61 +49,6 @@ class Task:
     """A position of `PositionedLoader`; its first batch is number `count` - 1, or 0."""
     ranks: int
     config: DataConfig
-
-
-def start(task: Task, listener: socket.socket, owner: Owner) -> int:
-    """Fork the feeder; returns its process id. `listener` is closed here."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    reader, writer = os.pipe()
-    keep(listener)
-    child = os.fork()
-    if child == 0:
-        try:  # whatever happens, this copy of the rank must not go on as the rank
-            os.close(reader)
-            if os.fork() == 0:
-                os.write(writer, os.getpid().to_bytes(8, "little"))
-                os.close(writer)
-                _run(task, listener, owner)
-        finally:
-            os._exit(0)
-    os.close(writer)
-    listener.close()
-    with open(reader, "rb") as file:
-        pid = int.from_bytes(file.read(8), "little")
-    os.waitpid(child, 0)
-    if not pid:
-        raise OSError(errno.EAGAIN, "no loader process could be started: the system has no room for another process")
-    owner.started(pid)
-    return pid
-
-
-def _run(task: Task, listener: socket.socket, owner: Owner) -> None:
-    status = 1
-    try:
-        os.setsid()
-        signal.signal(signal.SIGTERM, lambda *_: None)  # the second thread hears of it, and ends the workers in good order
-        os.register_at_fork(after_in_child=_as_usual)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to answer
-        not_in_children(listener)
-        owner.forked()
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor or more per batch
-        torch.set_num_threads(1)  # the pool of the parent's threads is not here
-        Feeder(task, listener, owner.pid).run()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-        os._exit(status)
-
-
-def _as_usual() -> None:
-    """In the loader's workers: signals end them."""
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Feeder:
@@ -135,7 +63,6 @@ class Feeder:
         self._shelf = Shelf(config.directory, self._key)
         self._last: tuple[wire.End | wire.Failed, Held | None] | None = None
         self._readers: dict[socket.socket, _Reader] = {}
-        self._left: set[int] = set()
         self._workers = getattr(task.loader, "num_workers", 0) > 0
         """What they put into shared memory is the batch's alone; what this process finds there may be written again."""
         self._inherited: Any = None
@@ -236,7 +163,7 @@ class Feeder:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
         self._selector.register(self._owner, selectors.EVENT_READ, self._end)
-        while len(self._left) < self.task.ranks and not self._ending:
+        while not self.window.deserted and not self._ending:
             for key, _ in self._selector.select(_TICK_S):
                 key.data()
             for reader in [reader for reader in self._readers.values() if reader.waits]:
@@ -261,7 +188,7 @@ class Feeder:
                 self._made.wait(_PAUSE_S)
             return  # it is still in the queue
         not_in_children(sock)
-        if not wire.same_user(sock):
+        if other_user(sock) is not None:
             return sock.close()
         sock.setblocking(False)
         reader = _Reader(sock)
@@ -285,14 +212,12 @@ class Feeder:
             case wire.Want():  # it has not heard yet that its batch is gone
                 pass
             case wire.Bye(member=member):
-                self._left.add(member)
                 self.window.leave(member)
                 self._forget(reader)
             case _:
                 self._forget(reader)
 
     def _attach(self, reader: _Reader, member: int, number: int) -> None:
-        self._left.discard(member)
         if not self.window.attach(member, number):
             reader.send(wire.Gone())
             return

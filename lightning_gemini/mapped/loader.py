@@ -39,7 +39,8 @@ from lightning_gemini.data.position import READ_AHEAD, PositionedLoader
 from lightning_gemini.forks import not_in_children
 from lightning_gemini.mapped import checkpoint, wire
 from lightning_gemini.mapped.feed import BatchGone, EndOfData, Feed, FeederLost
-from lightning_gemini.mapped.feeder import Owner, Task, start
+from lightning_gemini.mapped.feeder import Task
+from lightning_gemini.mapped.forking import Owner, start
 from lightning_gemini.state import rng
 
 log = logging.getLogger(__name__)
@@ -88,8 +89,9 @@ class MappedLoader(PositionedLoader):
         """The generators after `iter()` of the bare loader."""
         self._index, _Numbers.next = _Numbers.next, _Numbers.next + 1
         self._feeds = 0
-        self._name, self._feed = "", _no_feed()
-        self._previous, self._previous_feed = "", _no_feed()
+        self._name, self._previous = "", ""
+        self._feed: Feed | None = None
+        self._previous_feed: Feed | None = None
         self._pin = bool(getattr(loader, "pin_memory", False)) and torch.cuda.is_available()
         if getattr(loader, "pin_memory", False):
             loader.pin_memory = False  # the feeder must not touch the device; it is done here
@@ -281,10 +283,6 @@ class MappedLoader(PositionedLoader):
         elif self._previous_feed is not None:
             self._previous_feed.close(bye=False)
         self._previous, self._previous_feed = "", None
-
-
-def _no_feed() -> Feed | None:
-    return None
 
 
 def _after(record: Any) -> dict[str, Any]:

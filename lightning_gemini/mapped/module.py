@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_gemini.config import DataConfig, parse
+from lightning_gemini.config import DataConfig
 from lightning_gemini.mapped.trainer import checked, install
 
 _HOOKS = [name for name in dir(pl.LightningDataModule) if not name.startswith("_") and callable(getattr(pl.LightningDataModule, name))]
@@ -32,7 +32,7 @@ class MMapDataModule(pl.LightningDataModule):
 
     def __init__(self, datamodule: Any, val_dataloaders: Any = None, **options: Any) -> None:
         super().__init__()
-        self.mapped_config: DataConfig = checked(parse(DataConfig, options, "mapped_data"))
+        self.mapped_config: DataConfig = checked(options)
         install()
         if not isinstance(datamodule, pl.LightningDataModule):
             datamodule = _Loaders(datamodule, val_dataloaders)

@@ -24,8 +24,8 @@ from lightning_gemini import checks
 from lightning_gemini.compat import lightning as compat
 from lightning_gemini.config import DataConfig, parse
 from lightning_gemini.data.position import PositionedLoader
-from lightning_gemini.mapped.feeder import Owner
 from lightning_gemini.mapped.files import new_key
+from lightning_gemini.mapped.forking import Owner
 from lightning_gemini.mapped.loader import MappedLoader, Stream
 
 log = logging.getLogger(__name__)

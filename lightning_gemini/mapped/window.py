@@ -75,6 +75,11 @@ class Window:
 
     # ---- the server
 
+    @property
+    def deserted(self) -> bool:
+        """Whether all ranks have left."""
+        return len(self._left) >= self.ranks
+
     def attach(self, member: int, number: int) -> bool:
         """A rank reads from `number` on. False where that is no longer there."""
         with self._changed:

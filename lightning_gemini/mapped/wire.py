@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import struct
 
 import msgspec
 
@@ -90,9 +89,3 @@ def address(name: str) -> bytes:
     """The abstract address of feeder `name` of this user."""
     digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()  # such an address has 108 bytes at most
     return f"\0lightning-gemini-feeder/{os.geteuid()}/{digest}".encode()
-
-
-def same_user(sock: socket.socket) -> bool:
-    """Whether the process at the other end is of this user, or root's."""
-    _, user, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return user in (os.geteuid(), 0)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
-import struct
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
@@ -20,6 +18,7 @@ import msgspec
 from lightning_gemini.peers import wire
 from lightning_gemini.peers.errors import DuplicateRank, PeerLeft, PeerLost, RendezvousError, StaleGeneration, WrongPeer
 from lightning_gemini.peers.framing import Framed
+from lightning_gemini.unix import other_user
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ class Listener(Framed):
 
     def begin(self) -> None:
         """Start the handshake."""
-        if (stranger := _other_user(self.sock)) is not None:
+        if (stranger := other_user(self.sock)) is not None:
             return self.fail(f"belongs to user {stranger}")
         if self._token:
             self.send(wire.Challenge(self._challenge))
@@ -202,11 +201,3 @@ def _name(sock: socket.socket) -> str:
     except OSError:
         return "a peer that is gone"
     return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "a process of this node"
-
-
-def _other_user(sock: socket.socket) -> int | None:
-    """The user of the process at the other end of a unix socket, if it is neither ours nor root."""
-    if sock.family != socket.AF_UNIX:
-        return None
-    _, user, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return user if user not in (os.geteuid(), 0) else None

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import re
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
 
-import lightning_gemini.config
 from lightning_gemini.config import DataConfig
-from tests.rendezvous.test_hydra_option import ROOT, said, start, trained
-
-TEXT = (ROOT / "configs" / "data" / "mmap.yaml").read_text()
+from tests.rendezvous.test_hydra_option import said, start, trained
+from tests.support.pack import same_defaults, same_text
 
 
 @pytest.mark.parametrize("more", [[], ["+rendezvous=peer"]], ids=["alone", "with_peers"])
@@ -56,18 +50,8 @@ def test_a_wrong_option_is_one_line_and_no_training(tmp_path: Path) -> None:
 
 
 def test_yaml_equals_the_dataclass() -> None:
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "tests" / "support" / "scripts" / "conf")):
-        config = OmegaConf.to_container(compose("plain", overrides=["+data=mmap"]).mapped_data)
-    GlobalHydra.instance().clear()
-    defaults = dataclasses.asdict(DataConfig())
-    assert config == defaults
-    assert isinstance(config, dict) and [type(config[key]) for key in defaults] == [type(value) for value in defaults.values()]
+    same_defaults("+data=mmap", "mapped_data", DataConfig)
 
 
 def test_yaml_says_of_each_key_what_the_dataclass_says() -> None:
-    """The docstring under a field and the comment over a key are one text, but for how "nothing" is written."""
-    source = inspect.getsource(lightning_gemini.config.DataConfig)
-    documented = dict(re.findall(r'^    (\w+): .*\n    """(.*)"""$', source, re.MULTILINE))
-    assert list(documented) == list(dataclasses.asdict(DataConfig()))
-    commented = {key: text for text, key in re.findall(r"^  # (.*)\n  (\w+): ", TEXT, re.MULTILINE)}
-    assert commented == {key: text.replace("None:", "null:") for key, text in documented.items()}
+    same_text("data/mmap.yaml", DataConfig)

@@ -25,7 +25,8 @@ from lightning_gemini.data.parts import held_by
 from lightning_gemini.data.position import PositionedLoader
 from lightning_gemini.mapped import wire
 from lightning_gemini.mapped.feed import Feed
-from lightning_gemini.mapped.feeder import Owner, Task, start
+from lightning_gemini.mapped.feeder import Task
+from lightning_gemini.mapped.forking import Owner, start
 from lightning_gemini.mapped.loader import MappedLoader, Stream
 from tests.support.peers import until
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_gemini.config import DataConfig
-from lightning_gemini.mapped.feeder import Owner
+from lightning_gemini.mapped.forking import Owner
 from lightning_gemini.mapped.loader import MappedLoader, Stream
 
 FREE = 8

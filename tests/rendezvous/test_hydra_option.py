@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
 
-import lightning_gemini.config
 from lightning_gemini.config import RendezvousConfig
+from tests.support.pack import ROOT, same_defaults, same_text
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "tests" / "support" / "scripts" / "plain_hydra.py")
 
 
@@ -89,22 +82,10 @@ def test_a_wrong_option_is_one_line_and_no_training(tmp_path: Path) -> None:
 
 # ---- the file of the pack
 
-TEXT = (ROOT / "configs" / "rendezvous" / "peer.yaml").read_text()
-
 
 def test_yaml_equals_the_dataclass() -> None:
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "tests" / "support" / "scripts" / "conf")):
-        config = OmegaConf.to_container(compose("plain", overrides=["+rendezvous=peer"]).rendezvous)
-    GlobalHydra.instance().clear()
-    defaults = dataclasses.asdict(RendezvousConfig())
-    assert config == defaults
-    assert isinstance(config, dict) and [type(config[key]) for key in defaults] == [type(value) for value in defaults.values()]
+    same_defaults("+rendezvous=peer", "rendezvous", RendezvousConfig)
 
 
 def test_yaml_says_of_each_key_what_the_dataclass_says() -> None:
-    """The docstring under a field and the comment over a key are one text, but for how "nothing" is written."""
-    source = inspect.getsource(lightning_gemini.config.RendezvousConfig)
-    documented = dict(re.findall(r'^    (\w+): .*\n    """(.*)"""$', source, re.MULTILINE))
-    assert list(documented) == list(dataclasses.asdict(RendezvousConfig()))
-    commented = {key: text for text, key in re.findall(r"^  # (.*)\n  (\w+): ", TEXT, re.MULTILINE)}
-    assert commented == {key: text.replace("None:", "null:") for key, text in documented.items()}
+    same_text("rendezvous/peer.yaml", RendezvousConfig)

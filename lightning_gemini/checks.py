@@ -32,8 +32,6 @@ def ddp_arguments(kwargs: dict[str, Any]) -> None:
 def world_of(strategy: Any) -> int:
     """The number of ranks; one cannot be recovered by others."""
     world: int = strategy.num_nodes * strategy.num_processes
-    if strategy.num_nodes != 1:
-        raise ValueError(f"num_nodes={strategy.num_nodes} is not supported yet: use num_nodes=1")
     if world < 2:
         raise ValueError(f"devices={world} leaves nobody to recover from: set Trainer(devices=2) or more, or use strategy='auto'")
     return world

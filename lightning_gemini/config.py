@@ -73,6 +73,52 @@ class RecoveryConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class ReplicationConfig:
+    """How snapshots get to other nodes. Nothing of it matters on one node."""
+
+    copies: int = 2
+    """Nodes whose memory holds each byte of the state, the own one included (Gemini's m). 1 keeps nothing elsewhere: a lost node then means
+    going back to persistent storage."""
+    when_behind: str = "skip"
+    """What a step does that would overwrite the newest snapshot before it is replicated. skip: it takes no snapshot, the step after may.
+    wait: it waits, so that a lost node never costs more than the step under way; a slow network then slows training."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.copies <= 16, "replication.copies", self.copies, "give a number of nodes, 1 to 16")
+        _require(self.when_behind in ("skip", "wait"), "replication.when_behind", self.when_behind, "choose skip or wait")
+
+
+@dataclass(slots=True, kw_only=True)
+class MembershipConfig:
+    """How the agents of several nodes find each other and agree. Nothing of it matters on one node."""
+
+    etcd: list[str] = field(default_factory=list)
+    """URLs (http:// or https://host:port) of the members of an etcd cluster."""
+    ca: str | None = None
+    """File with the certificates that etcd's own is checked against. None: ETCD_CACERT of the environment, as for etcdctl."""
+    cert: str | None = None
+    """File with the certificate that etcd is shown. None: ETCD_CERT."""
+    key: str | None = None
+    """File with that certificate's key. None: ETCD_KEY."""
+    user: str | None = None
+    """Of etcd's authentication. None: ETCD_USER. The password comes from ETCD_PASSWORD only."""
+    lease_ttl_s: int = 4
+    """A node that has not renewed its registration for so long is lost."""
+    join_timeout_s: float = 600.0
+    """How long the first nodes wait for the others before the job begins."""
+    vacancy_timeout_s: float = 3600.0
+    """How long the job waits for a node to take the place of a lost one."""
+
+    def __post_init__(self) -> None:
+        for url in self.etcd:
+            _require(url.startswith(("http://", "https://")), "membership.etcd", url, "give URLs such as http://etcd:2379")
+        _require(2 <= self.lease_ttl_s <= 3600, "membership.lease_ttl_s", self.lease_ttl_s, "give whole seconds, 2 or more")
+        _require((self.cert is None) == (self.key is None), "membership.cert", self.cert, "give membership.key too, or neither")
+        for key in ("join_timeout_s", "vacancy_timeout_s"):
+            _require(getattr(self, key) > 0, f"membership.{key}", getattr(self, key), "give a positive number of seconds")
+
+
+@dataclass(slots=True, kw_only=True)
 class RendezvousConfig:
     """How ranks find each other without a TCPStore."""
 
@@ -166,6 +212,8 @@ class GeminiConfig:
     snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    replication: ReplicationConfig = field(default_factory=ReplicationConfig)
+    membership: MembershipConfig = field(default_factory=MembershipConfig)
     faults: list[FaultConfig] = field(default_factory=list)
     """Faults to inject. Empty, which is the default, injects none."""
 

@@ -17,12 +17,13 @@ def in_agent() -> bool:
 
 
 class GeminiEnvironment(ClusterEnvironment):
-    """Ranks of one node under its agent."""
+    """Ranks under their node's agent."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rank: int | None = None
         self._world = int(os.environ.get("LIGHTNING_GEMINI_WORLD", "1"))
+        self._per_node = int(os.environ.get("LIGHTNING_GEMINI_PER_NODE", self._world))
         if in_agent():
             rank = os.environ["LIGHTNING_GEMINI_RANK"]
             self.rank = int(rank) if rank else None
@@ -58,17 +59,17 @@ class GeminiEnvironment(ClusterEnvironment):
 
     def global_rank(self) -> int:
         """This process's rank."""
-        return self.local_rank()
+        if self.rank is not None:
+            return self.rank
+        return self._world - 1 if in_agent() else 0
 
     def set_global_rank(self, rank: int) -> None:
         """The agent's word counts."""
 
     def local_rank(self) -> int:
         """Rank within the node."""
-        if self.rank is not None:
-            return self.rank
-        return self._world - 1 if in_agent() else 0
+        return self.global_rank() % self._per_node
 
     def node_rank(self) -> int:
-        """One node."""
-        return 0
+        """Index of the node."""
+        return self.global_rank() // self._per_node

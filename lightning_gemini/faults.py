@@ -41,7 +41,7 @@ def fire(strategy: GeminiBase, where: str) -> None:
         return
     _mark(strategy, strategy.config.faults.index(fault))
     strategy.emit("fault_injected", kind=fault.kind, step=fault.step, where=where)
-    strategy.link.board.set(strategy.world.rank, FAULT_NS, time.monotonic_ns())
+    strategy.link.board.set(strategy.link.place(strategy.world.rank), FAULT_NS, time.monotonic_ns())
     if fault.kind == "raise":
         raise InjectedFault(f"injected into rank {fault.rank}, step {fault.step}, {where}")
     if fault.kind == "exit":
@@ -50,12 +50,12 @@ def fire(strategy: GeminiBase, where: str) -> None:
 
 
 def _fired(strategy: GeminiBase, number: int) -> bool:
-    return bool(strategy.link.board.get(strategy.world.rank, FAULTS_FIRED) >> number & 1)
+    return bool(strategy.link.board.get(strategy.link.place(strategy.world.rank), FAULTS_FIRED) >> number & 1)
 
 
 def _mark(strategy: GeminiBase, number: int) -> None:
-    fired = strategy.link.board.get(strategy.world.rank, FAULTS_FIRED)
-    strategy.link.board.set(strategy.world.rank, FAULTS_FIRED, fired | 1 << number)
+    fired = strategy.link.board.get(strategy.link.place(strategy.world.rank), FAULTS_FIRED)
+    strategy.link.board.set(strategy.link.place(strategy.world.rank), FAULTS_FIRED, fired | 1 << number)
 
 
 class FaultCallback(pl.Callback):

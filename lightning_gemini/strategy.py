@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_gemini import checks
 from lightning_gemini.compat import lightning as compat
 from lightning_gemini.compat.torch import ReadyOrder, impose_layout, reset_fsdp, reshard_fsdp
-from lightning_gemini.config import FaultConfig, RecoveryConfig, SnapshotConfig, TelemetryConfig
+from lightning_gemini.config import FaultConfig, MembershipConfig, RecoveryConfig, ReplicationConfig, SnapshotConfig, TelemetryConfig
 from lightning_gemini.hooks.joining import Joining
 from lightning_gemini.hooks.stepping import set_trainable
 
@@ -30,7 +30,7 @@ class GeminiStrategy(Joining, DDPStrategy):
     """Lightning's DDP with recovery. Keyword arguments other than ours are DDPStrategy's and DistributedDataParallel's.
 
     Args:
-        snapshot, recovery, telemetry, faults: see `lightning_gemini.config`; a dataclass or a mapping each.
+        snapshot, recovery, telemetry, replication, membership, faults: see `lightning_gemini.config`; a dataclass or a mapping each.
     """
 
     strategy_name = "gemini"
@@ -41,12 +41,16 @@ class GeminiStrategy(Joining, DDPStrategy):
         snapshot: SnapshotConfig | Mapping[str, Any] | None = None,
         recovery: RecoveryConfig | Mapping[str, Any] | None = None,
         telemetry: TelemetryConfig | Mapping[str, Any] | None = None,
+        replication: ReplicationConfig | Mapping[str, Any] | None = None,
+        membership: MembershipConfig | Mapping[str, Any] | None = None,
         faults: list[FaultConfig] | None = None,
         **kwargs: Any,
     ) -> None:
         checks.ddp_arguments(kwargs)
         super().__init__(**kwargs)
-        self._init_gemini(snapshot, recovery, telemetry, faults)
+        self._init_gemini(
+            snapshot=snapshot, recovery=recovery, telemetry=telemetry, replication=replication, membership=membership, faults=faults
+        )
         self._order: ReadyOrder | None = None
         self._layout: list[int] = []
         self._wrapped: list[bool] = []
@@ -123,11 +127,15 @@ class GeminiFSDP2Strategy(Joining, ModelParallelStrategy):
         snapshot: SnapshotConfig | Mapping[str, Any] | None = None,
         recovery: RecoveryConfig | Mapping[str, Any] | None = None,
         telemetry: TelemetryConfig | Mapping[str, Any] | None = None,
+        replication: ReplicationConfig | Mapping[str, Any] | None = None,
+        membership: MembershipConfig | Mapping[str, Any] | None = None,
         faults: list[FaultConfig] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._init_gemini(snapshot, recovery, telemetry, faults)
+        self._init_gemini(
+            snapshot=snapshot, recovery=recovery, telemetry=telemetry, replication=replication, membership=membership, faults=faults
+        )
 
     def reset_after_abort(self, *, own_fault: bool, wrapper: dict[str, Any]) -> None:
         """FSDP2 resets itself."""

@@ -1,146 +1,349 @@
-"""The coordinator of one node: from a fault to the resumed job.
+"""A node's part in recoveries: from a fault, here or elsewhere, to ranks that go on.
 
-States of a recovery: stopping (every live rank is told to stand still; dead ranks get a spare) -> planned (the plan went out) ->
-resumed (every rank has completed a step). A further fault in any state begins the next generation from the start, with what is then
-there; nothing of a recovery is remembered that the ranks do not report anew. What can fail: no spare becomes ready or a rank does not
-stand still within `recovery.regroup_timeout_s` -> the rank is killed and counts as dead, or the job ends with a message that names it.
+Seam: an `Observer` of the membership; the supervisor tells it of faults, of ranks that stand still and of phases that are over. The decision
+itself is made once for all nodes, by the membership's leader, from what every node reports (`decide`).
+
+States of a recovery: stopping (a generation has begun; every live rank is told to stand still, dead ranks get a spare) -> reported ->
+planned (the plan is there; what must come from other nodes is fetched, then the ranks are told) -> resumed (every rank here has completed
+a step) -> over. A further fault in any state begins the next generation from the start, with what is then there; nothing of a recovery is
+remembered that the ranks do not report anew. What can fail: no spare becomes ready or a rank does not stand still within
+`recovery.regroup_timeout_s` -> the rank is killed and counts as dead, or the job ends with a message that names it.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from lightning_gemini.agent.crew import Crew
 from lightning_gemini.agent.member import Member
-from lightning_gemini.agent.memory import BOUNDARY, FAULT_NS, HEARTBEAT_NS, Board, NodeFiles, step_of
+from lightning_gemini.agent.memory import BOUNDARY, FAULT_NS, HEARTBEAT_NS, Board, NodeFiles, create_files, step_of
 from lightning_gemini.agent.messages import Assign, Plan, Progress, Recover, Recovered
+from lightning_gemini.config import GeminiConfig
+from lightning_gemini.membership.base import Membership
+from lightning_gemini.membership.records import Completed, Generation, NodeInfo, NodeReport, Outcome
 from lightning_gemini.recovery.plan import RankInventory, RecoveryPlan, plan
 from lightning_gemini.snapshot.collective_log import CollectiveLog
+from lightning_gemini.snapshot.manifest import manifest_of
 from lightning_gemini.snapshot.slots import SlotFile
-from lightning_gemini.telemetry.events import PHASES, EventLog
+from lightning_gemini.telemetry.events import EventLog
 
 
 @dataclass(slots=True)
 class Recovery:
-    """One recovery under way."""
+    """One recovery under way on this node."""
 
-    generation: int
-    reason: str
+    began_ns: int
     fault_ns: int
-    begun_ns: int
+    reason: str
     stopped_ns: int = 0
+    inventory: dict[int, RankInventory] = field(default_factory=dict)
+    """Of the ranks of this node, as reported."""
     plan: RecoveryPlan | None = None
     reached: dict[str, dict[int, int]] = field(default_factory=lambda: {"restored": {}, "regrouped": {}, "resumed": {}})
     """phase -> rank -> when, monotonic ns."""
 
 
-class Coordinator:
-    """Decides recoveries over the members of one node. Not thread-safe: it lives in the agent's event loop."""
+class OtherNodes(Protocol):
+    """What a node has of others, and gets from them; see `agent.others`. Nobody on a single node."""
 
-    def __init__(self, world: int, files: NodeFiles, *, replicated: Callable[[], bool], max_faults_per_step: Callable[[], int]) -> None:
-        self.world, self.files = world, files
-        self.board = Board(files.board, world)
-        self.generation = 0
+    def open(self, coordinator: Coordinator) -> None:
+        """A generation has begun, or this node's memory is new."""
+
+    def voted(self) -> None:
+        """Words of this node's ranks have changed."""
+
+    def ask_to_end(self) -> None:
+        """All ranks of all nodes shall end after the same step."""
+
+    def close(self) -> None:
+        """Close connections, join threads."""
+
+    def replicas(self) -> dict[int, dict[int, str]]:
+        """See `NodeReport`."""
+
+    def fetch(self, plan: RecoveryPlan, done: Callable[[BaseException | None], None]) -> None:
+        """Get what this node lacks for the plan, then call `done`, in the agent's thread, with what went wrong."""
+
+
+class Coordinator:
+    """See the module's docstring. Not thread-safe: it lives in the agent's event loop."""
+
+    def __init__(self, crew: Crew, ranks_per_node: int) -> None:
+        self.crew, self.ranks_per_node = crew, ranks_per_node
+        self.config, self.replicated = GeminiConfig(), True
+        self.membership: Membership
+        self.others: OtherNodes | None = None
+        self.events: EventLog | None = None
+        self.generation = Generation(number=0, roster=[])
+        self.nodes: Mapping[str, NodeInfo] = {}
+        self.index: int | None = None
+        """This node's place in the roster, None for a spare node."""
         self.recovery: Recovery | None = None
         self.recoveries: list[Recovered] = []
-        self.events: EventLog | None = None
-        self._replicated, self._max_faults = replicated, max_faults_per_step
-        self._faults: Counter[int] = Counter()
+        self._open()
 
-    def fault(self, rank: int, reason: str, members: Mapping[int, Member], at_ns: int = 0) -> str | None:
-        """A rank died or raised: begin a generation. Returns why the job must end instead, or None."""
-        step = step_of(self.board.get(rank, BOUNDARY))
-        self._faults[step] += 1
-        self._emit("fault", rank=rank, step=step, reason=reason)
-        if self._faults[step] > self._max_faults():
-            return f"{self._faults[step]} faults in step {step} (recovery.max_faults_per_step={self._max_faults()})"
-        injected, now = self.board.get(rank, FAULT_NS), time.monotonic_ns()
-        previous = self.recovery
-        self.generation += 1
-        begun = previous.fault_ns if previous else at_ns or injected or now
-        self.board.set(rank, FAULT_NS, 0)
-        self.recovery = Recovery(self.generation, reason, begun, now)
-        for member in members.values():
-            member.stopped = None
-            member.send(Recover(generation=self.generation, reason=reason))
-        self._emit("recover", generation=self.generation, reason=reason)
+    def _open(self) -> None:
+        self.files: NodeFiles = create_files(self.ranks_per_node)
+        self.board = Board(self.files.board, self.ranks_per_node)
+
+    def reopen(self) -> None:
+        """Empty memory, for processes that start anew."""
+        self._close_memory()
+        self._open()
+        self.recovery = None
+        if self.others is not None:
+            self.others.open(self)
+
+    def _close_memory(self) -> None:
+        self.board.close()
+        self.files.close()
+
+    def close(self) -> None:
+        """Give everything back."""
+        if self.others is not None:
+            self.others.close()
+        self._close_memory()
+        if self.events is not None:
+            self.events.close()
+
+    def form(self, generation: Generation, nodes: Mapping[str, NodeInfo], index: int | None) -> None:
+        """The job begins, or goes on without this node."""
+        self.generation, self.nodes, self.index = generation, nodes, index
+        if self.others is not None and index is not None:
+            self.others.open(self)
+
+    # ---- who is where
+
+    @property
+    def number(self) -> int:
+        """The present generation."""
+        return self.generation.number
+
+    @property
+    def world(self) -> int:
+        """Ranks of the job."""
+        return len(self.generation.roster) * self.ranks_per_node
+
+    @property
+    def first(self) -> int:
+        """The first rank of this node."""
+        return (self.index or 0) * self.ranks_per_node
+
+    @property
+    def hosts(self) -> list[str]:
+        """Of the nodes by index; empty on a single node."""
+        roster = self.generation.roster
+        return [self.nodes[node].host if node else "" for node in roster] if len(roster) > 1 else []
+
+    def own_ranks(self) -> range:
+        """The ranks that this node has, or shall have."""
+        return range(0) if self.index is None else range(self.first, self.first + self.ranks_per_node)
+
+    def place(self, rank: int) -> int:
+        """A rank's number on this node."""
+        return rank - self.first
+
+    def on_voted(self) -> None:
+        """Words of ranks of this node have changed."""
+        if self.others is not None:
+            self.others.voted()
+
+    def ask_to_end(self) -> bool:
+        """All ranks shall end after the same step; False when that is for this node to say."""
+        if self.others is None:
+            return False
+        self.others.ask_to_end()
+        return True
+
+    # ---- a fault
+
+    def fault(self, rank: int, reason: str, at_ns: int = 0) -> str | None:
+        """A rank of this node died or raised: ask for a generation. Returns why the job must end instead, or None."""
+        board, last, place, most = self.board, self.generation, self.place(rank), self.config.recovery.max_faults_per_step
+        step = step_of(board.get(place, BOUNDARY))
+        count = last.faults + 1 if last.fault_step == step else 1
+        self.emit("fault", rank=rank, step=step, reason=reason)
+        if count > most:
+            return f"{count} faults in step {step} (recovery.max_faults_per_step={most})"
+        now, injected = time.monotonic_ns(), board.get(place, FAULT_NS)
+        board.set(place, FAULT_NS, 0)
+        begun = self.recovery.fault_ns if self.recovery else at_ns or injected or now
+        self.membership.begin(self.number, reason, step=step, detect_s=(now - begun) / 1e9)
         return None
+
+    def begin(self, generation: Generation, nodes: Mapping[str, NodeInfo], index: int) -> None:
+        """A generation has begun, with this node in it."""
+        if generation.number == self.number and self.recovery is not None:  # its vacant places were filled, nothing else is new
+            self.generation, self.nodes = generation, nodes
+            if self.others is not None:
+                self.others.open(self)
+            return
+        now = time.monotonic_ns()
+        fault_ns = min(self.recovery.fault_ns if self.recovery else now, now - int(generation.detect_s * 1e9))
+        self.generation, self.nodes, self.index = generation, nodes, index
+        self.recovery = Recovery(now, fault_ns, generation.reason)
+        if self.others is not None:
+            self.others.open(self)
+        for member in self.crew.living():
+            member.stopped, member.fresh = None, False
+            if member.rank is not None:
+                member.send(Recover(generation=generation.number, reason=generation.reason))
+        self.emit("recover", generation=generation.number, reason=generation.reason)
 
     def assign(self, spare: Member, rank: int) -> None:
         """Give a dead rank to a spare."""
-        self.board.set(rank, HEARTBEAT_NS, time.monotonic_ns())  # its predecessor's last beat is not its own
+        self.board.set(self.place(rank), HEARTBEAT_NS, time.monotonic_ns())  # its predecessor's last beat is not its own
         spare.rank, spare.waiting, spare.fresh, spare.in_fit = rank, False, True, True
-        spare.send(Assign(rank=rank, generation=self.generation))
-        self._emit("assign", rank=rank, generation=self.generation, spare_pid=spare.child.pid)
+        spare.send(Assign(rank=rank, generation=self.number, hosts=self.hosts))
+        self.emit("assign", rank=rank, generation=self.number, spare_pid=spare.child.pid)
 
-    def try_plan(self, members: Mapping[int, Member]) -> RecoveryPlan | None:
-        """Decide, as soon as every rank is filled and stands still. Returns the plan when it was made just now."""
-        recovery = self.recovery
-        if recovery is None or recovery.plan is not None or len(members) < self.world:
-            return None
-        if any(member.stopped is None and not member.fresh for member in members.values()):
-            return None
-        inventory = {rank: self._inventory(rank, member) for rank, member in members.items()}
+    # ---- what this node has
+
+    def try_report(self, *, nobody: bool) -> None:
+        """As soon as every rank of this node is filled and stands still; at once where `nobody` has anything to report."""
+        recovery, ranks = self.recovery, self.crew.ranks()
+        if recovery is None or recovery.stopped_ns or self.index is None:
+            return
+        if nobody:
+            found = {rank: RankInventory(alive=False, boundary=-1) for rank in self.own_ranks()}
+        elif len(ranks) < self.ranks_per_node or any(member.stopped is None and not member.fresh for member in ranks.values()):
+            return
+        else:
+            found = {rank: self._inventory(rank, member) for rank, member in ranks.items()}
+        recovery.inventory = found
         recovery.stopped_ns = time.monotonic_ns()
-        recovery.plan = decided = plan(inventory, replicated=self._replicated())
-        self._emit("plan", generation=self.generation, action=decided.action, target=decided.target, reason=decided.reason,
-                   donors={str(k): v for k, v in decided.donors.items()}, repeated_steps=decided.repeated_steps)  # fmt: skip
-        if decided.action != "restart":
-            message = Plan(
-                generation=self.generation,
-                target=decided.target,
-                rewind=decided.action == "rewind",
-                replaced=sorted(rank for rank, inventory_ in inventory.items() if not inventory_.alive),
-                donors=decided.donors,
-                logs=decided.logs,
+        self.membership.report(
+            NodeReport(
+                number=self.number,
+                index=self.index,
+                ranks=found,
+                replicated=self.replicated,
+                replicas=self.others.replicas() if self.others else {},
+                stopped_s=(recovery.stopped_ns - recovery.began_ns) / 1e9,
             )
-            for member in members.values():
-                member.fresh = False
-                member.send(message)
-        return decided
+        )
 
     def _inventory(self, rank: int, member: Member) -> RankInventory:
-        ledger, arena, log = SlotFile(self.files.ledgers[rank]), SlotFile(self.files.arenas[rank]), CollectiveLog(self.files.logs[rank])
+        place, files = self.place(rank), self.files
+        ledger, arena, log = SlotFile(files.ledgers[place]), SlotFile(files.arenas[place]), CollectiveLog(files.logs[place])
         try:
             stopped = member.stopped
             alive = stopped is not None and not stopped.unwinding
             return RankInventory(
                 alive=alive,
-                boundary=stopped.step if alive and stopped else step_of(self.board.get(rank, BOUNDARY)),
+                boundary=stopped.step if alive and stopped else step_of(self.board.get(place, BOUNDARY)),
+                at=stopped.at if alive and stopped else -1,
                 wrote=bool(alive and stopped and stopped.wrote),
                 in_step=bool(alive and stopped and stopped.in_step),
                 local=frozenset(slot.step for slot in ledger.slots()),
                 tensors=frozenset(slot.step for slot in arena.slots()),
+                keys={slot.step: manifest_of(arena, slot)[0].key for slot in arena.slots()},
                 counters=stopped.counters if alive and stopped else log.counters(),
             )
         finally:
             for file in (ledger, arena, log):
                 file.close()
 
-    def progress(self, rank: int, message: Progress) -> Recovered | None:
-        """A rank has finished a phase; returns the summary when the last one has resumed."""
+    # ---- the plan
+
+    def take(self, number: int, decided: RecoveryPlan) -> bool:
+        """The plan of generation `number` is there. False when it is not for us any more."""
         recovery = self.recovery
-        if recovery is None or message.phase not in recovery.reached or message.generation != self.generation or recovery.plan is None:
-            return None
+        if recovery is None or recovery.plan is not None or number != self.number:
+            return False
+        recovery.plan = decided
+        self.emit("plan", generation=number, action=decided.action, target=decided.target, reason=decided.reason,
+                  donors={str(k): v for k, v in decided.donors.items()}, fetch=sorted(decided.fetch),
+                  repeated_steps=decided.repeated_steps)  # fmt: skip
+        return True
+
+    def counters(self, rank: int) -> Mapping[str, int]:
+        """Collectives that a rank of this node had completed when it stood still, by group."""
+        return self.recovery.inventory[rank].counters if self.recovery and rank in self.recovery.inventory else {}
+
+    def fetch(self, number: int, decided: RecoveryPlan, failed: Callable[[BaseException], None]) -> None:
+        """Get what the plan needs from other nodes, then carry it out."""
+
+        def done(error: BaseException | None) -> None:
+            if error is None:
+                self.carry_out(number)
+            else:
+                failed(error)
+
+        if self.others is None:
+            self.carry_out(number)
+        else:
+            self.others.fetch(decided, done)
+
+    def carry_out(self, number: int) -> None:
+        """Everything that the plan needs is on this node: tell the ranks."""
+        recovery = self.recovery
+        if recovery is None or recovery.plan is None or number != self.number:
+            return
+        decided = recovery.plan
+        message = Plan(
+            generation=number,
+            target=decided.target,
+            rewind=decided.action == "rewind",
+            replaced=decided.replaced,
+            donors=decided.donors,
+            logs=decided.logs,
+            hosts=self.hosts,
+        )
+        for member in self.crew.ranks().values():
+            member.fresh = False
+            member.send(message)
+
+    # ---- the end of a recovery
+
+    def progress(self, rank: int, message: Progress) -> None:
+        """A rank has finished a phase; the last one to resume completes this node's part."""
+        recovery = self.recovery
+        if recovery is None or recovery.plan is None or message.phase not in recovery.reached or message.generation != self.number:
+            return
         recovery.reached[message.phase][rank] = time.monotonic_ns()
-        if len(recovery.reached["resumed"]) < self.world:
+        if len(recovery.reached["resumed"]) < self.ranks_per_node:
+            return
+        marks = [max(recovery.reached[phase].values(), default=0) for phase in ("restored", "regrouped", "resumed")]
+        restored, regrouped, resumed = ((max(mark, recovery.stopped_ns) - recovery.began_ns) / 1e9 for mark in marks)
+        assert self.index is not None
+        self.membership.completed(
+            Completed(number=self.number, index=self.index, restored_s=restored, regrouped_s=regrouped, resumed_s=resumed)
+        )
+
+    def over(self, outcome: Outcome) -> Recovered | None:
+        """All nodes have resumed."""
+        if self.recovery is None or outcome.number != self.number:
             return None
-        marks = [recovery.fault_ns, recovery.begun_ns, recovery.stopped_ns]
-        marks += [max(recovery.reached[phase].values(), default=0) for phase in ("restored", "regrouped", "resumed")]
-        for i in range(1, len(marks)):  # a rank may report a later phase before another's earlier one
-            marks[i] = max(marks[i], marks[i - 1])
-        seconds = {phase: (marks[i + 1] - marks[i]) / 1e9 for i, phase in enumerate(PHASES)}
         summary = Recovered(
-            generation=self.generation, reason=recovery.reason, step=recovery.plan.target, seconds=seconds, count=len(self.recoveries) + 1
+            generation=outcome.number,
+            reason=outcome.reason,
+            step=outcome.step,
+            seconds=outcome.seconds,
+            count=len(self.recoveries) + 1,
         )
         self.recoveries.append(summary)
         self.recovery = None
-        self._emit("recovered", generation=self.generation, reason=summary.reason, step=summary.step, seconds=seconds,
-                   repeated_steps=recovery.plan.repeated_steps)  # fmt: skip
+        self.emit("recovered", generation=outcome.number, reason=summary.reason, step=summary.step, seconds=summary.seconds,
+                  repeated_steps=outcome.repeated_steps)  # fmt: skip
         return summary
 
-    def _emit(self, event: str, **fields: object) -> None:
+    def emit(self, event: str, **fields: object) -> None:
+        """Telemetry."""
         if self.events is not None:
             self.events.emit(event, **fields)
+
+
+def decide(generation: Generation, reports: Mapping[int, NodeReport]) -> RecoveryPlan:
+    """The plan, from what every node reports. Pure: the membership's leader calls it, whichever node that is."""
+    ranks = {rank: inventory for report in reports.values() for rank, inventory in report.ranks.items()}
+    return plan(
+        ranks,
+        replicated=all(report.replicated for report in reports.values()),
+        ranks_per_node=len(ranks) // len(reports),
+        replicas={index: report.replicas for index, report in reports.items()},
+        persisted=max(report.persisted for report in reports.values()),
+    )

@@ -1,8 +1,11 @@
 """Shared memory of a node: anonymous files (memfd) that the agent creates and every process inherits.
 
 Seam: the agent owns the file descriptors; the kernel frees the memory when the last holder is gone, so that nothing can stay behind,
-also after kill -9 of everybody. One *board* for the node (a row of 64-bit words per rank), and per rank a *ledger*
-(rank-local state) and an *arena* (tensors), both `snapshot.slots`, and a *log* of collectives (`snapshot.collective_log`).
+also after kill -9 of everybody. One *board* for the node (a row of 64-bit words per rank, and one of the job), and per rank a *ledger*
+(rank-local state) and an *arena* (tensors), both `snapshot.slots`, and a *log* of collectives (`snapshot.collective_log`). A spare log
+holds what was fetched from logs of other nodes. Ranks are counted within the node here.
+
+The job's row has the minimum of each word over all ranks of all nodes. On one node nobody writes it: ranks look at each other's rows.
 
 Words are aligned 64-bit values written by one owner and read by all; on the supported platforms such a store is atomic and
 stores are seen in order. A word that carries a step carries the generation beside it, so that a word from before a recovery never
@@ -15,9 +18,13 @@ import mmap
 import os
 
 WORDS_PER_RANK = 8
-HEARTBEAT_NS, BOUNDARY, TENSORS, FAULT_NS, FAULTS_FIRED, END_AT = range(6)
+HEARTBEAT_NS, BOUNDARY, TENSORS, FAULT_NS, FAULTS_FIRED, END_AT, GATE, REPLICATED = range(8)
+REPLICATED_AT_GATE = FAULT_NS
+"""In the job's row: `REPLICATED` as it was when the last rank reached `GATE`, equal on all nodes: what all ranks may decide by."""
 
 _STEP_BITS = 40
+ALWAYS = (1 << (_STEP_BITS - 1)) - 1
+"""A step that is never reached: the word of what is done for all steps."""
 
 
 def tag(generation: int, step: int) -> int:
@@ -36,18 +43,25 @@ def reached(word: int, generation: int, step: int) -> bool:
 
 
 class Board:
-    """The words of all ranks of a node, mapped from a memfd."""
+    """The words of all ranks of a node and of the job, mapped from a memfd.
 
-    def __init__(self, fd: int, world: int) -> None:
-        self.world = world
-        self._map = mmap.mmap(fd, world * WORDS_PER_RANK * 8)
+    Args:
+        ranks: of this node.
+        alone: this node has all ranks of the job.
+    """
+
+    def __init__(self, fd: int, ranks: int, *, alone: bool = True) -> None:
+        self.ranks, self.alone = ranks, alone
+        self.job = ranks
+        """Number of the job's row."""
+        self._map = mmap.mmap(fd, (ranks + 1) * WORDS_PER_RANK * 8)
         self._words = memoryview(self._map).cast("Q")
 
     @staticmethod
-    def create(world: int) -> int:
+    def create(ranks: int) -> int:
         """A new zeroed board; returns its file descriptor."""
         fd = os.memfd_create("gemini-board", os.MFD_CLOEXEC)
-        os.ftruncate(fd, world * WORDS_PER_RANK * 8)
+        os.ftruncate(fd, (ranks + 1) * WORDS_PER_RANK * 8)
         return fd
 
     def get(self, rank: int, word: int) -> int:
@@ -58,9 +72,13 @@ class Board:
         """Write one of this rank's own words."""
         self._words[rank * WORDS_PER_RANK + word] = value
 
+    def least(self, word: int) -> int:
+        """The minimum of a word over the ranks of this node."""
+        return min(self.get(rank, word) for rank in range(self.ranks))
+
     def all_reached(self, word: int, generation: int, step: int) -> bool:
-        """Whether every rank's `word` has reached `step` in `generation`."""
-        return all(reached(self.get(rank, word), generation, step) for rank in range(self.world))
+        """Whether the `word` of every rank of the job has reached `step` in `generation`."""
+        return reached(self.least(word) if self.alone else self.get(self.job, word), generation, step)
 
     def close(self) -> None:
         """Unmap."""
@@ -68,24 +86,27 @@ class Board:
         self._map.close()
 
 
-def create_files(world: int) -> NodeFiles:
-    """The board, and a ledger, a log and an arena for each of `world` ranks, empty."""
+def create_files(ranks: int) -> NodeFiles:
+    """The board, and a ledger, a log and an arena for each of a node's ranks, and the log of others; all empty."""
 
     def files(name: str) -> list[int]:
-        return [os.memfd_create(f"gemini-{name}-{rank}", os.MFD_CLOEXEC) for rank in range(world)]
+        return [os.memfd_create(f"gemini-{name}-{rank}", os.MFD_CLOEXEC) for rank in range(ranks)]
 
-    return NodeFiles(Board.create(world), files("ledger"), files("log"), files("arena"))
+    others = os.memfd_create("gemini-others", os.MFD_CLOEXEC)
+    return NodeFiles(Board.create(ranks), others, files("ledger"), files("log"), files("arena"))
 
 
 class NodeFiles:
     """File descriptors of a node's shared memory."""
 
-    def __init__(self, board: int, ledgers: list[int], logs: list[int], arenas: list[int]) -> None:
+    def __init__(self, board: int, others: int, ledgers: list[int], logs: list[int], arenas: list[int]) -> None:
         self.board, self.ledgers, self.logs, self.arenas = board, ledgers, logs, arenas
+        self.others = others
+        """A log of collectives fetched from other nodes."""
 
     def all(self) -> list[int]:
         """Every descriptor, for inheritance."""
-        return [self.board, *self.ledgers, *self.logs, *self.arenas]
+        return [self.board, self.others, *self.ledgers, *self.logs, *self.arenas]
 
     def to_text(self) -> str:
         """For an environment variable of a child that inherits the descriptors."""
@@ -94,9 +115,9 @@ class NodeFiles:
     @classmethod
     def from_text(cls, text: str) -> NodeFiles:
         """Inverse of `to_text`."""
-        board, *rest = map(int, text.split(","))
-        world = len(rest) // 3
-        return cls(board, rest[:world], rest[world : 2 * world], rest[2 * world :])
+        board, others, *rest = map(int, text.split(","))
+        ranks = len(rest) // 3
+        return cls(board, others, rest[:ranks], rest[ranks : 2 * ranks], rest[2 * ranks :])
 
     def close(self) -> None:
         """Close this process's descriptors."""

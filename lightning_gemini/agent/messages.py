@@ -57,6 +57,8 @@ class Stopped(Message, tag="stopped"):
     """It re-enters `fit` from its snapshot: it counts as replaced."""
     counters: dict[str, int]
     """Collectives completed outside steps, by group."""
+    at: int = -1
+    """The step it is in."""
 
 
 class Progress(Message, tag="progress"):
@@ -65,6 +67,10 @@ class Progress(Message, tag="progress"):
     generation: int
     phase: str
     step: int = -1
+
+
+class Voted(Message, tag="voted"):
+    """This rank's words on the board have changed; sent only where the job has more than one node."""
 
 
 class LoaderStarted(Message, tag="loader_started"):
@@ -85,6 +91,8 @@ class Assign(Message, tag="assign"):
 
     rank: int
     generation: int
+    hosts: list[str] = []
+    """Of the nodes, in the order of their ranks; empty when there is one node only."""
 
 
 class Recover(Message, tag="recover"):
@@ -105,6 +113,8 @@ class Plan(Message, tag="plan"):
     """rank whose shard at `target` is not committed -> rank that writes it from its live replica."""
     logs: dict[str, tuple[int, int]]
     """group -> (collectives completed by the furthest rank, that rank)."""
+    hosts: list[str] = []
+    """As in `Assign`."""
 
 
 class Recovered(Message, tag="recovered"):
@@ -123,7 +133,7 @@ class Stop(Message, tag="stop"):
     reason: str
 
 
-FromRank = Hello | Waiting | Fault | Stopped | Progress | LoaderStarted | Left
+FromRank = Hello | Waiting | Fault | Stopped | Progress | Voted | LoaderStarted | Left
 FromAgent = Assign | Recover | Plan | Recovered | Stop
 
 _encoder = msgspec.msgpack.Encoder()

@@ -5,6 +5,7 @@ Why each is needed (no public way exists):
     results        values of `self.log(on_epoch=True)` accumulate in `_results`; without them a replaced rank logs another epoch mean.
     metrics        `callback_metrics` are properties over dicts that only the logger connector writes.
     closure        a rank that lands after the optimizer's write returns the closure's result without running it again.
+    dump           `trainer.save_checkpoint` gathers and copies all tensors; the persistent tier wants only the rest.
     re-entry       `fit` builds its loaders once and keeps them; a second entry in the same process must build them anew.
 """
 
@@ -179,3 +180,15 @@ def drop_redirection(model: nn.Module) -> None:
 def unwrap_optimizers(trainer: pl.Trainer) -> list[torch.optim.Optimizer]:
     """The raw optimizers."""
     return [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.strategy.optimizers]
+
+
+def dump_checkpoint(trainer: pl.Trainer, state_dict: dict[str, Any], optimizer_states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The checkpoint that Lightning would save now, hooks of callbacks and modules included, around tensors that are given: its strategies
+    would gather and copy them."""
+    strategy, states = vars(trainer.strategy), iter(optimizer_states)
+    strategy["lightning_module_state_dict"] = lambda: state_dict
+    strategy["optimizer_state"] = lambda optimizer: next(states)
+    try:
+        return dict(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+    finally:
+        del strategy["lightning_module_state_dict"], strategy["optimizer_state"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,13 +17,14 @@ import torch
 from lightning_gemini.agent.memory import END_AT
 from lightning_gemini.agent.messages import Recovered
 from lightning_gemini.compat import lightning as compat
-from lightning_gemini.config import FaultConfig, GeminiConfig, RecoveryConfig, SnapshotConfig, TelemetryConfig, parse
+from lightning_gemini.config import GeminiConfig, parse
 from lightning_gemini.environment import GeminiEnvironment
 from lightning_gemini.recovery.engine import Engine
 from lightning_gemini.recovery.landing import Landing
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode, World
 from lightning_gemini.state.catalogue import Entry, catalogue
+from lightning_gemini.state.ownership import Layout
 from lightning_gemini.telemetry.events import EventLog
 
 _process: dict[str, Any] = {}
@@ -42,15 +43,9 @@ class GeminiBase:
     _launcher: Any
     _trainer: pl.Trainer
 
-    def _init_gemini(
-        self,
-        snapshot: SnapshotConfig | Mapping[str, Any] | None,
-        recovery: RecoveryConfig | Mapping[str, Any] | None,
-        telemetry: TelemetryConfig | Mapping[str, Any] | None,
-        faults_: list[FaultConfig] | None,
-    ) -> None:
-        values = {"snapshot": snapshot, "recovery": recovery, "telemetry": telemetry, "faults": faults_}
-        self.config = parse(GeminiConfig, {key: value for key, value in values.items() if value is not None})
+    def _init_gemini(self, **groups: Any) -> None:
+        """`groups` of options, by the names of GeminiConfig; None for the defaults."""
+        self.config = parse(GeminiConfig, {key: value for key, value in groups.items() if value is not None})
         self.cluster_environment = GeminiEnvironment()
         self.loader_positions = []
         self.engine: Engine | None = None
@@ -75,7 +70,16 @@ class GeminiBase:
 
     def entries(self) -> list[Entry]:
         """The live tensors of the state."""
-        return catalogue(self.lightning_module, compat.unwrap_optimizers(self._trainer), replicated=self.replicated)  # type: ignore[attr-defined]
+        return self.catalogue(compat.unwrap_optimizers(self._trainer))
+
+    def catalogue(self, optimizers: list[torch.optim.Optimizer]) -> list[Entry]:
+        """The live tensors of the model and these optimizers."""
+        return catalogue(self.lightning_module, optimizers, replicated=self.replicated, rank=self.world.rank, world=self.world.size)  # type: ignore[attr-defined]
+
+    def layout(self) -> Layout:
+        """Where this rank is among nodes and ranks."""
+        nodes = self.link.world // self.link.per_node
+        return Layout(self.world.rank, self.link.world, self.link.per_node, min(self.config.replication.copies, nodes))
 
     def emit(self, event: str, **fields: Any) -> None:
         """Telemetry."""
@@ -93,5 +97,5 @@ class GeminiBase:
 
     def asked_to_end(self) -> bool:
         """Whether the agent wants the job to end after this step."""
-        last = self.link.board.get(self.world.rank, END_AT)
+        last = self.link.board.get(self.link.place(self.world.rank), END_AT)
         return bool(last) and self.engine is not None and self.engine.step >= last

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -38,7 +40,7 @@ from lightning_gemini.rendezvous import group
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode, World
 from lightning_gemini.snapshot.slots import CorruptSnapshot, SlotFile
-from lightning_gemini.state.catalogue import catalogue, size_of
+from lightning_gemini.state.catalogue import size_of
 from lightning_gemini.state.local import LocalState
 from lightning_gemini.telemetry import banner
 from lightning_gemini.telemetry.events import EventLog
@@ -112,20 +114,25 @@ class Joining(Stepping):
     def _take_rank(self) -> None:
         """Listen for the other ranks; they know where, because everybody knows the job's name."""
         if not self.world.joined:
-            assert self.link.rank is not None
+            link, job = self.link, os.environ["LIGHTNING_GEMINI_JOB"]
+            assert link.rank is not None
+            roster = Roster.on_hosts(job, link.hosts, link.per_node) if link.hosts else Roster.on_one_node(job, link.world)
             atexit.register(self.world.leave)
-            self.world.join(Roster.on_one_node(os.environ["LIGHTNING_GEMINI_JOB"], self.link.world), self.link.rank)
+            self.world.join(roster, link.rank, os.environ.get("LIGHTNING_GEMINI_TOKEN", "").encode())
 
     def _continue_loggers(self) -> None:
         """In the folders that rank 0 has opened; whoever looked for the next free one would find another."""
-        ledger = SlotFile(self.link.files.ledgers[0])
-        try:
-            for slot in reversed(ledger.slots()):
-                with contextlib.suppress(CorruptSnapshot):  # rank 0 may be alive, and write another
-                    loggers.continue_versions(self._loggers, LocalState.logger_versions(ledger.read(slot)))
-                    return
-        finally:
-            ledger.close()
+        link = self.link
+        assert link.rank is not None and self.landing is not None
+        place = link.place(0 if link.is_here(0) else link.rank)
+        for data in self._blobs(place) or self.landing.fetched(place):
+            with contextlib.suppress(CorruptSnapshot):  # its owner may be alive, and write another
+                loggers.continue_versions(self._loggers, LocalState.logger_versions(data()))
+                return
+
+    def _blobs(self, place: int) -> list[Callable[[], bytes]]:
+        ledger = SlotFile(self.link.files.ledgers[place])
+        return [functools.partial(ledger.read, slot) for slot in reversed(ledger.slots())]
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Lightning's set-up, then ours: memory, engine, callback."""
@@ -134,7 +141,7 @@ class Joining(Stepping):
             return
         checks.trainer(self, trainer)
         if self.landing is None:
-            checks.same_layout(catalogue(self.lightning_module, [], replicated=self.replicated), self.replicated)  # type: ignore[attr-defined]
+            checks.same_layout(self.catalogue([]), self.replicated)
         self._attach_callback(trainer)
         super().setup(trainer)  # type: ignore[misc]
         for optimizer in compat.unwrap_optimizers(trainer):
@@ -157,11 +164,17 @@ class Joining(Stepping):
         optimizers = compat.unwrap_optimizers(trainer)
         if self.engine is not None:
             self.engine.memory.close()
-        memory = Memory(self.link, self.config.snapshot, self.entries, lambda: compat.unwrap_optimizers(trainer))
+        layout = self.layout()
+        memory = Memory(
+            self.link, self.config.snapshot, layout, self.entries, lambda: compat.unwrap_optimizers(trainer), replicated=self.replicated
+        )
         accumulating = trainer.accumulate_grad_batches > 1 or not self.lightning_module.automatic_optimization  # type: ignore[attr-defined]
         gradients = size_of(entries) if accumulating else 0
-        need = expected_size(entries, optimizers, self.world.rank, self.world.size)
-        memory.allocate(need, gradients)
+        need = expected_size(memory.owned(), entries, optimizers, memory.chunk)
+        if self.landing is None:
+            memory.allocate(need, gradients)
+        else:
+            self.landing.room = need, gradients
         self.engine = Engine(self.world, self.link, self.config, memory, LocalState(trainer, self.engine and self.engine.local), self)  # type: ignore[arg-type]
         self.world.log = memory.log
         self.world.stand_still = self.engine.stand_still

@@ -37,15 +37,6 @@ _CLOSE_S = 5.0
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-def require_token(token: bytes) -> None:
-    """Raise `ValueError` if there is none: nothing listens beyond loopback without it."""
-    if not token:
-        raise ValueError(
-            "peers on other hosts need a secret: set LIGHTNING_GEMINI_TOKEN to the same random text in every process of the job, "
-            "or rendezvous.token_file to a file with it that only you can read"
-        )
-
-
 class PeerNode:
     """See the module's docstring."""
 
@@ -62,7 +53,7 @@ class PeerNode:
         if not 0 <= rank < roster.size:
             raise ValueError(f"rank={rank} is not in the roster of job {roster.job!r}, which has {roster.size} ranks")
         if not roster.local:
-            require_token(token)
+            wire.require_token(token)
         self.roster, self.rank, self.token, self.timeout_s = roster, rank, token, timeout_s
         self.listening = listening
         """A socket that is bound to this rank's address already."""

@@ -186,6 +186,15 @@ def same(a: bytes, b: bytes) -> bool:
     return hmac.compare_digest(a, b)
 
 
+def require_token(token: bytes) -> None:
+    """Raise `ValueError` if there is none: nothing listens beyond loopback without it."""
+    if not token:
+        raise ValueError(
+            "peers on other hosts need a secret: set LIGHTNING_GEMINI_TOKEN to the same random text in every process of the job, "
+            "or rendezvous.token_file to a file with it that only you can read"
+        )
+
+
 def frame(body: bytes) -> bytes:
     """A body with its length before it."""
     return len(body).to_bytes(4, "big") + body

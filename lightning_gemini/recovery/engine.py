@@ -19,6 +19,7 @@ What cannot be repeated raises: `Rewind` (re-enter `fit`), or the user's own exc
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from lightning_gemini.agent.memory import BOUNDARY, TENSORS
+from lightning_gemini.agent.memory import BOUNDARY, GATE, REPLICATED, TENSORS
 from lightning_gemini.agent.messages import Fault, Plan, Progress, Stopped
 from lightning_gemini.config import GeminiConfig
 from lightning_gemini.peers.errors import StaleGeneration
@@ -40,7 +41,8 @@ from lightning_gemini.state.local import Boundary, Kind, LocalState
 
 R = TypeVar("R")
 _ANNOUNCEMENT_S = 5.0
-"""How long a rank whose collective failed waits for the agent to announce why, before it reports the failure as its own."""
+"""How long a rank whose collective failed waits for the agent to announce why, before it reports the failure as its own. On several nodes
+it may take as long as a node's registration lasts, and longer."""
 
 
 class Host(Protocol):
@@ -86,6 +88,7 @@ class Engine:
         """`fit` has returned; what follows it, such as `test`, has no step that would tell that this rank has gone on."""
         self.resumed_generation = world.generation
         """Generation whose first step is complete on this rank."""
+        self._announcement_s = _ANNOUNCEMENT_S + (0.0 if link.board.alone else 2 * config.membership.lease_ttl_s)
         self._committed = -1
         self._last_blob = b""
 
@@ -102,9 +105,15 @@ class Engine:
 
     def commit(self, kind: Kind, step: int, result: Any = None) -> Boundary:
         """Write the rank-local state and begin a new segment of the log of collectives."""
+        return self._write(self._capture(kind, step, result))
+
+    def _capture(self, kind: Kind, step: int, result: Any = None) -> Boundary:
         boundary = Boundary(kind, step, dict(self.world.counters), self.host.wrapper_state(), result, self.host.gradients(), {})
         self._last_blob = self.local.capture(boundary)
-        self.memory.commit_local(self._last_blob, step, kind)
+        return boundary
+
+    def _write(self, boundary: Boundary) -> Boundary:
+        self.memory.commit_local(self._last_blob, boundary.step, boundary.kind)
         self.memory.log.rotate(boundary.counters)
         return boundary
 
@@ -114,6 +123,18 @@ class Engine:
 
     def _tensors_due(self, step: int) -> bool:
         return step % self.config.snapshot.every_n_steps == 0
+
+    def _may_capture(self) -> bool:
+        """Several nodes: the newest snapshot must be replicated before the one before it is overwritten, or nothing might be left that all
+        nodes can go back to. A slow network thus costs snapshots (or, with `replication.when_behind: wait`, time)."""
+        generation, timeout_s = self.world.generation, self.config.recovery.collective_timeout_s
+        if self.link.board.alone:
+            return True
+        self.memory.wait_all(GATE, generation, self.step, timeout_s)
+        if self.config.replication.when_behind == "wait":
+            self.memory.wait_all(REPLICATED, generation, self.memory.captured, timeout_s)
+            return True
+        return self.memory.may_capture(generation)
 
     # ---- a step
 
@@ -141,9 +162,10 @@ class Engine:
 
     def _enter(self) -> None:
         self.host.before_step()
+        boundary = self._capture(Kind.ENTRY, self.step)
         if self.memory.modified(self.step):  # by a callback: what was captured at the boundary is not what this step starts from
             self._recapture()
-        self.commit(Kind.ENTRY, self.step)
+        self._write(boundary)
 
     def _attempt(self, attempt: Callable[[], R]) -> R:
         self.in_step, self.wrote, self.world.error = True, False, None
@@ -168,6 +190,7 @@ class Engine:
         if not self.memory.settle():
             self._recapture()
         self.memory.wait_all(TENSORS, self.world.generation, self.memory.captured, self.config.recovery.collective_timeout_s)
+        self.memory.at_gate(self.world.generation, self.step)
         self.wrote = True
 
     def _recapture(self) -> None:
@@ -178,7 +201,7 @@ class Engine:
     def _leave(self, result: Any) -> None:
         self.world.mode = Mode.BETWEEN
         new = self.step + 1
-        due = self._tensors_due(new)
+        due = self._tensors_due(new) and self._may_capture()
         background = self.host.replicated and self.config.snapshot.background
         self.commit(Kind.EXIT, new, result)
         if due and not background:
@@ -226,7 +249,7 @@ class Engine:
         link, timeout_s = self.link, self.config.recovery.regroup_timeout_s
         if not own and not self.world.stale:
             try:
-                link.wait(lambda: self.world.stale, _ANNOUNCEMENT_S, "the agent's word on a failed collective")
+                link.wait(lambda: self.world.stale, self._announcement_s, "the agent's word on a failed collective")
             except TimeoutError:
                 self.report(error or RuntimeError("a collective failed"), "a collective")
         link.wait(lambda: self.world.stale, timeout_s, "the agent to begin a recovery")
@@ -237,10 +260,19 @@ class Engine:
             except StaleGeneration:
                 continue
             except (CorruptSnapshot, TimeoutError, RuntimeError, MemoryError) as failure:
-                if link.announced == generation:
-                    self.world.enter(generation)
-                    self.report(failure, "recovery")
-                    link.wait_for_generation_after(generation, timeout_s)
+                self.failed_in_recovery(failure, generation)
+
+    def failed_in_recovery(self, failure: Exception, generation: int) -> None:
+        """Returns when a newer generation has begun. What may be because of a further fault elsewhere is not reported before the agent
+        had time to announce that: it would count twice."""
+        link = self.link
+        if not isinstance(failure, (CorruptSnapshot, MemoryError)):
+            with contextlib.suppress(TimeoutError):
+                link.wait_for_generation_after(generation, self._announcement_s)
+        if link.announced == generation:
+            self.world.enter(generation)
+            self.report(failure, "recovery")
+            link.wait_for_generation_after(generation, self.config.recovery.regroup_timeout_s)
 
     def _is_own(self, error: BaseException) -> bool:
         """Whether this rank's code raised, rather than a collective that failed because of others."""
@@ -269,6 +301,7 @@ class Engine:
             in_step=self.in_step,
             unwinding=False,
             counters=dict(self.world.counters),
+            at=self.step,
         )
         self.link.send(stopped)
         plan = self.link.wait_for_plan(generation, patience_s(self.config))
@@ -302,7 +335,7 @@ class Engine:
         """Enter the generation of a plan: words, results to replay, groups."""
         world = self.world
         self.link.send(Progress(generation=plan.generation, phase="restored"))
-        world.enter(plan.generation)
+        world.enter(plan.generation, self.link.hosts)
         world.error = None
         self.memory.publish(plan.generation, plan.target)
         world.replay = self._replay(plan)
@@ -314,7 +347,8 @@ class Engine:
         found: dict[tuple[str, int], bytes | None] = {}
         for group, (count, holder) in plan.logs.items():
             if self.world.counters.get(group, 0) < count:
-                log = CollectiveLog(self.link.files.logs[holder])
+                files = self.link.files
+                log = CollectiveLog(files.logs[self.link.place(holder)] if self.link.is_here(holder) else files.others)
                 wanted = range(self.world.counters.get(group, 0), count)
                 found.update({key: data for key, data in log.results().items() if key[0] == group and key[1] in wanted})
                 log.close()

@@ -11,6 +11,7 @@ Failure: another generation begins before it has landed -> it takes the new plan
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from lightning_gemini.agent.memory import TENSORS
 from lightning_gemini.agent.messages import Plan, Stopped
@@ -19,7 +20,8 @@ from lightning_gemini.recovery.engine import Engine, patience_s
 from lightning_gemini.recovery.signals import Rewind
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode
-from lightning_gemini.snapshot.slots import CorruptSnapshot
+from lightning_gemini.snapshot.manifest import manifest_of
+from lightning_gemini.snapshot.slots import CorruptSnapshot, SlotFile
 from lightning_gemini.state.local import Boundary
 
 
@@ -30,31 +32,43 @@ class Landing:
         self.link = link
         self.plan: Plan | None = None
         self.boundary: Boundary | None = None
+        self.room = 0, 0
+        """What the snapshot memory must have room for, where this node is new: known before the plan, taken after it."""
 
     def answer(self) -> None:
         """In the listening thread, at a new generation: this rank has nothing to stop."""
         self.link.send(Stopped(generation=self.link.announced, step=-1, wrote=False, in_step=False, unwinding=True, counters={}))
 
+    def fetched(self, place: int) -> list[Callable[[], bytes]]:
+        """On a new node: the rank-local state, once it has been fetched."""
+        plan = self._next_plan(float(2**31))
+        file = SlotFile(self.link.files.arenas[place])
+        slot = file.find(plan.target)
+        return [] if slot is None else [lambda: manifest_of(file, slot)[0].local]
+
     def position(self, engine: Engine) -> None:
         """Wait for the plan, choose the boundary, make loops and loaders enter there."""
-        self.plan = self._next_plan(engine)
+        self.plan = self._next_plan(patience_s(engine.config))
+        engine.memory.allocate(*self.room)
         self.boundary = self._choose(engine, self.plan)
         engine.local.position(self.boundary)
 
-    def _next_plan(self, engine: Engine) -> Plan:
+    def _next_plan(self, timeout_s: float) -> Plan:
         while True:
             try:
-                return self.link.wait_for_plan(self.link.announced, patience_s(engine.config))
+                return self.link.wait_for_plan(self.link.announced, timeout_s)
             except StaleGeneration:
                 continue
 
     def _choose(self, engine: Engine, plan: Plan) -> Boundary:
         memory = engine.memory
-        if plan.rewind:
-            return engine.local.decode(memory.local_in_arena(plan.target))
-        slot = memory.ledger.find(plan.target)
-        assert slot is not None, "the plan counts on this rank's local state"
-        return engine.local.decode(memory.ledger.read(slot))
+        slot = None if plan.rewind else memory.ledger.find(plan.target)
+        if slot is not None:
+            return engine.local.decode(memory.ledger.read(slot))
+        data = memory.local_in_arena(plan.target)  # an older step, or this node is new and has fetched its ranks' snapshots
+        boundary = engine.local.decode(data)
+        memory.commit_local(data, boundary.step, boundary.kind)
+        return boundary
 
     def land(self, engine: Engine) -> Boundary:
         """Restore and join; returns the boundary."""
@@ -64,13 +78,10 @@ class Landing:
                 self._restore(engine, self.plan, self.boundary)
                 return self.boundary
             except StaleGeneration:
-                self._take(engine, self._next_plan(engine))
+                self._take(engine, self._next_plan(patience_s(engine.config)))
             except (CorruptSnapshot, TimeoutError, RuntimeError) as failure:
-                if self.link.announced == self.plan.generation:
-                    engine.world.enter(self.plan.generation)
-                    engine.report(failure, "recovery")
-                    self.link.wait_for_generation_after(self.plan.generation, engine.config.recovery.regroup_timeout_s)
-                self._take(engine, self._next_plan(engine))
+                engine.failed_in_recovery(failure, self.plan.generation)
+                self._take(engine, self._next_plan(patience_s(engine.config)))
 
     def _take(self, engine: Engine, plan: Plan) -> None:
         boundary = self._choose(engine, plan)
@@ -88,7 +99,6 @@ class Landing:
         engine.adopt(boundary)
         if plan.rewind:
             memory.clear_log()
-            memory.commit_local(memory.local_in_arena(plan.target), boundary.step, boundary.kind)
         memory.log.rotate(boundary.counters)
         world.counters = dict(boundary.counters)
         engine.host.reset_after_abort(own_fault=True, wrapper=boundary.wrapper)
@@ -100,13 +110,13 @@ class Landing:
     def _await_sources(self, engine: Engine, plan: Plan) -> None:
         """Until the own shard is there (a donor may be writing it) and all living owners have theirs."""
         memory, deadline = engine.memory, time.monotonic() + engine.config.recovery.regroup_timeout_s
-        others = (
-            [rank for rank in range(self.link.world) if rank not in plan.replaced] if engine.host.replicated and not plan.rewind else []
-        )
+        here = [rank for rank in range(self.link.world) if self.link.is_here(rank)]
+        others = [rank for rank in here if rank not in plan.replaced] if engine.host.replicated and not plan.rewind else []
+        mine = [rank for rank in here if rank in plan.replaced] if engine.host.replicated else [memory.rank]
         while True:
             if self.link.announced != plan.generation:
                 raise StaleGeneration(f"generation {plan.generation} is over")
-            donated = all(memory.has(rank, plan.target) for rank in ([*plan.replaced] if engine.host.replicated else [memory.rank]))
+            donated = all(memory.has(rank, plan.target) for rank in mine)
             if donated and all(memory.reached(TENSORS, rank, plan.generation, plan.target) for rank in others):
                 return
             if time.monotonic() > deadline:

@@ -17,15 +17,17 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from lightning_gemini.agent.memory import BOUNDARY, TENSORS, reached, tag
+from lightning_gemini.agent.memory import BOUNDARY, GATE, REPLICATED_AT_GATE, TENSORS, reached, tag
 from lightning_gemini.config import SnapshotConfig
 from lightning_gemini.peers.errors import StaleGeneration
 from lightning_gemini.rendezvous.link import Link
-from lightning_gemini.snapshot import arena
+from lightning_gemini.snapshot import arena, blocks
 from lightning_gemini.snapshot.collective_log import CollectiveLog
 from lightning_gemini.snapshot.cuda import SideStream, pin
-from lightning_gemini.snapshot.slots import CorruptSnapshot, SlotFile
-from lightning_gemini.state.catalogue import Entry, Segment, copy_in, owned, size_of, target_of
+from lightning_gemini.snapshot.slots import CorruptSnapshot, Slot, SlotFile
+from lightning_gemini.snapshot.manifest import Segment, manifest_of
+from lightning_gemini.state.catalogue import Entry, copy_in, holders_of, target_of, wanted
+from lightning_gemini.state.ownership import Layout, Owned, owned
 
 _MIB = 1 << 20
 _COPY_S = 600.0
@@ -36,15 +38,23 @@ class Memory:
     """One rank's part of the node's shared memory. `entries` tells the live tensors, anew at each call."""
 
     def __init__(
-        self, link: Link, config: SnapshotConfig, entries: Callable[[], list[Entry]], optimizers: Callable[[], list[torch.optim.Optimizer]]
+        self,
+        link: Link,
+        config: SnapshotConfig,
+        layout: Layout,
+        entries: Callable[[], list[Entry]],
+        optimizers: Callable[[], list[torch.optim.Optimizer]],
+        *,
+        replicated: bool,
     ):
-        assert link.rank is not None
-        self.link, self.config, self.rank = link, config, link.rank
+        self.link, self.config, self.layout, self.replicated = link, config, layout, replicated
+        self.rank, self.place = layout.rank, link.place(layout.rank)
+        """Number in the job, and on this node."""
         self._entries, self._optimizers = entries, optimizers
         self.chunk = config.chunk_kib * 1024
-        self.ledger = SlotFile(link.files.ledgers[self.rank])
-        self.arena = SlotFile(link.files.arenas[self.rank])
-        self.log = CollectiveLog(link.files.logs[self.rank])
+        self.ledger = SlotFile(link.files.ledgers[self.place])
+        self.arena = SlotFile(link.files.arenas[self.place])
+        self.log = CollectiveLog(link.files.logs[self.place])
         self.captured = -1
         """Step of the newest tensor snapshot of this rank."""
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="lightning-gemini-drain")
@@ -56,21 +66,27 @@ class Memory:
     # ---- set-up
 
     def allocate(self, expected: int, local_extra: int) -> None:
-        """Take the memory for two slots of `expected` bytes, or refuse with the figures. Keeps what a predecessor has written."""
-        if self.arena.capacity:
-            return
-        need = 2 * expected * self.link.world  # all ranks of the node ask at the same time
-        available = available_memory()
+        """Take the memory for two slots of `expected` bytes, or refuse with the figures. Keeps what a predecessor has written, and what was
+        fetched for this rank from other nodes."""
+        self.arena.close()
+        self.arena = SlotFile(self.link.files.arenas[self.place])
+        if not self.arena.capacity:
+            self._require(node_need(self.layout, expected, self.owned()))
+            self.arena.allocate(expected)
+        pin(self.arena.memory, self._device)
+        if not self.ledger.capacity:
+            self.ledger.allocate(self.config.local_state_mib * _MIB + local_extra, touch=False)
+        if not self.log.allocated:
+            self.log.allocate(self.config.collective_log_mib * _MIB)
+
+    def _require(self, need: int) -> None:
+        available = available_memory()  # all ranks of the node ask at the same time
         if need > available:
             raise MemoryError(
-                f"two snapshot slots for each of {self.link.world} ranks need {need / _MIB:.0f} MiB, "
+                f"two snapshot slots for each of {self.layout.per_node} ranks, and for what peers send, need {need / _MIB:.0f} MiB, "
                 f"{available / _MIB:.0f} MiB of memory are available: "
                 "use fewer ranks per node, a smaller model, or a node with more memory"
             )
-        self.arena.allocate(expected)
-        pin(self.arena.memory, self._device)
-        self.ledger.allocate(self.config.local_state_mib * _MIB + local_extra, touch=False)
-        self.log.allocate(self.config.collective_log_mib * _MIB)
 
     def close(self) -> None:
         """Wait for the copy under way, end the thread."""
@@ -82,8 +98,21 @@ class Memory:
         """Say what this rank has, under a (new) generation."""
         board = self.link.board
         if self.captured >= 0:
-            board.set(self.rank, TENSORS, tag(generation, self.captured))
-        board.set(self.rank, BOUNDARY, tag(generation, boundary))
+            board.set(self.place, TENSORS, tag(generation, self.captured))
+        board.set(self.place, BOUNDARY, tag(generation, boundary))
+        self.link.voted()
+
+    def at_gate(self, generation: int, step: int) -> None:
+        """This rank is about to write step `step`."""
+        self.link.board.set(self.place, GATE, tag(generation, step))
+        self.link.voted()
+
+    def may_capture(self, generation: int) -> bool:
+        """Whether the next capture leaves a snapshot that every node can restore: the present newest one must be replicated. All ranks get the
+        same answer, once all have reached the gate (see `agent.votes`)."""
+        if self.link.board.alone or self.captured < 0:
+            return True
+        return reached(self.link.board.get(self.link.board.job, REPLICATED_AT_GATE), generation, self.captured)
 
     def commit_local(self, data: bytes, step: int, kind: int) -> None:
         """Write the rank-local state."""
@@ -93,23 +122,23 @@ class Memory:
             )
         self.ledger.write(data, step=step, kind=kind)
 
-    def owned(self) -> arena.Owned:
+    def owned(self) -> Owned:
         """What this rank keeps."""
-        return owned(self._entries(), self.rank, self.link.world)
+        return owned(self._entries(), self.layout)
 
     def commit_tensors(self, step: int, local: bytes = b"") -> None:
         """Copy the owned tensors now."""
         mine = self.owned()
-        self._grow(arena.payload_size(mine, local))
+        self._grow(arena.payload_size(mine, self.chunk, local))
         arena.capture(self.arena, step, mine, chunk=self.chunk, local=local)
         self.captured = step
-        self._versions = arena.versions(tensor for _, tensor in mine)
+        self._versions = arena.versions(mine.tensors)
 
     def modified(self, step: int) -> bool:
         """Whether somebody has written to this rank's owned tensors since they were captured as `step`."""
         if self._draining is None and self.captured != step:
             return False
-        return arena.versions(tensor for _, tensor in self.owned()) != self._versions
+        return arena.versions(self.owned().tensors) != self._versions
 
     def forget_after(self, step: int) -> None:
         """Drop what was written for later steps, which are repeated: the next capture must not overwrite the one that is needed."""
@@ -122,8 +151,8 @@ class Memory:
     def drain(self, step: int, generation: int, local: bytes = b"") -> None:
         """Copy the owned tensors in the background; nothing writes to them before `settle`."""
         mine = self.owned()
-        self._grow(arena.payload_size(mine, local))
-        expected = self._versions = arena.versions(tensor for _, tensor in mine)
+        self._grow(arena.payload_size(mine, self.chunk, local))
+        expected = self._versions = arena.versions(mine.tensors)
 
         self._side.mark()
 
@@ -131,7 +160,8 @@ class Memory:
             with self._side:
                 arena.capture(self.arena, step, mine, chunk=self.chunk, local=local, expected=expected)
             self.captured = step
-            self.link.board.set(self.rank, TENSORS, tag(generation, step))
+            self.link.board.set(self.place, TENSORS, tag(generation, step))
+            self.link.voted()
 
         self._draining = self._worker.submit(work)
 
@@ -153,10 +183,18 @@ class Memory:
         if size <= self.arena.capacity:
             return
         kept = self.arena.slots()[-1:]
-        data = [self.arena.read(slot) for slot in kept]
+        data = [self._whole(slot) for slot in kept]
         self.arena.allocate(size + size // 8)
-        for slot, payload in zip(kept, data, strict=True):
-            self.arena.write(payload, step=slot.step, kind=slot.kind)
+        for slot, whole in zip(kept, data, strict=True):
+            place = self.arena.begin()
+            with self.arena.payload(place) as view:
+                view[: len(whole)] = whole
+            self.arena.commit(place, step=slot.step, kind=slot.kind, length=slot.length, digest=slot.digest)
+
+    def _whole(self, slot: Slot) -> bytes:
+        trailer = blocks.trailer_of(self.arena, slot)
+        with self.arena.payload(slot.place) as view:
+            return bytes(view[: blocks.size_of_slot(slot.length, trailer.travel, trailer.chunk)])
 
     # ---- waiting for the others
 
@@ -172,12 +210,12 @@ class Memory:
             time.sleep(min(0.004, 0.05 * waited))  # looks often at first, then costs next to nothing while a slow rank computes
 
     def reached(self, word: int, rank: int, generation: int, step: int) -> bool:
-        """Whether one rank's `word` has reached `step`."""
-        return reached(self.link.board.get(rank, word), generation, step)
+        """Whether the `word` of a rank of this node has reached `step`."""
+        return reached(self.link.board.get(self.link.place(rank), word), generation, step)
 
     def has(self, rank: int, step: int) -> bool:
-        """Whether the tensors of `step` are committed in a rank's arena."""
-        file = SlotFile(self.link.files.arenas[rank])
+        """Whether the tensors of `step` are committed in the arena of a rank of this node."""
+        file = SlotFile(self.link.files.arenas[self.link.place(rank)])
         try:
             return file.find(step) is not None
         finally:
@@ -190,40 +228,45 @@ class Memory:
     # ---- reading
 
     def restore_tensors(self, step: int) -> None:
-        """Put the tensors of `step` back from the node's memory: shared ones from all owners, private ones from this rank's arena.
+        """Put the tensors of `step` back from the node's memory: from the arenas of all its ranks, what this rank holds.
 
         Every slot is verified before the first byte is written. Raises `CorruptSnapshot` after invalidating the slot concerned.
         """
-        files = {rank: SlotFile(fd) for rank, fd in enumerate(self.link.files.arenas)}
-        live = {entry.name: entry.tensor for entry in self._entries()}
-        shared = any(entry.shared for entry in self._entries())
-        needed = files if shared else {self.rank: files[self.rank]}
+        entries = {entry.name: entry for entry in self._entries()}
+        live = {name: entry.tensor for name, entry in entries.items()}
+        alone = all(entry.holders == (self.rank,) for entry in entries.values())
+        files = {place: SlotFile(fd) for place, fd in enumerate(self.link.files.arenas) if not alone or place == self.place}
+        restored: set[str] = set()
+
+        def put(segment: Segment, data: torch.Tensor) -> None:
+            tensor = target_of(segment, live, self._optimizers())
+            live[segment.name] = tensor
+            restored.add(segment.name)
+            copy_in(tensor, segment.start, data)
+
         try:
-            found = {}
-            for rank, file in needed.items():
-                slot = file.find(step)
-                if slot is None:
-                    raise CorruptSnapshot(f"rank {rank} has no tensors of step {step}")
-                try:
-                    arena.verify(file, slot, self.chunk)
-                except CorruptSnapshot as error:
-                    file.invalidate(slot)
-                    raise CorruptSnapshot(f"memory of rank {rank}: {error}") from None
-                found[rank] = slot
-            restored: set[str] = set()
-
-            def put(segment: Segment, data: torch.Tensor) -> None:
-                tensor = target_of(segment, live, self._optimizers())
-                live[segment.name] = tensor
-                restored.add(segment.name)
-                copy_in(tensor, segment.start, data)
-
-            for rank, slot in found.items():
-                arena.restore(files[rank], slot, put, wanted=lambda segment, rank=rank: segment.shared or rank == self.rank)  # type: ignore[misc]
+            found = {place: self._verified(place, file, step) for place, file in files.items()}
+            for place, slot in found.items():
+                arena.restore(files[place], slot, put, wanted=lambda part: wanted(part, entries, self._optimizers(), self._label))
             self._forget_younger_state(restored)
         finally:
             for file in files.values():
                 file.close()
+
+    def _verified(self, place: int, file: SlotFile, step: int) -> Slot:
+        rank = self.rank - self.place + place
+        slot = file.find(step)
+        if slot is None:
+            raise CorruptSnapshot(f"rank {rank} has no tensors of step {step}")
+        try:
+            blocks.verify(file, slot)
+        except CorruptSnapshot as error:
+            file.invalidate(slot)
+            raise CorruptSnapshot(f"memory of rank {rank}: {error}") from None
+        return slot
+
+    def _label(self, tensor: torch.Tensor) -> str:
+        return holders_of(tensor, replicated=self.replicated, rank=self.rank, world=self.layout.world)[1]
 
     def _forget_younger_state(self, restored: set[str]) -> None:
         """Going back to before an optimizer's first step: state it has made since must not stay."""
@@ -235,15 +278,16 @@ class Memory:
         """The rank-local state stored beside the tensors of `step`."""
         slot = self.arena.find(step)
         assert slot is not None, f"no snapshot of step {step}"
-        return arena.manifest_of(self.arena, slot)[0].local
+        return manifest_of(self.arena, slot)[0].local
 
     def donate(self, rank: int, step: int) -> None:
-        """Write what dead `rank` owned of `step` into its arena, from this rank's live replica of it, and its local state beside it."""
-        file, ledger = SlotFile(self.link.files.arenas[rank]), SlotFile(self.link.files.ledgers[rank])
+        """Write what dead `rank` of this node owned of `step` into its arena, from this rank's live replica of it, and its local state beside."""
+        place = self.link.place(rank)
+        file, ledger = SlotFile(self.link.files.arenas[place]), SlotFile(self.link.files.ledgers[place])
         try:
-            mine, slot = owned(self._entries(), rank, self.link.world), ledger.find(step)
+            mine, slot = owned(self._entries(), self.layout._replace(rank=rank)), ledger.find(step)
             local = ledger.read(slot) if slot else b""
-            if arena.payload_size(mine, local) > file.capacity:
+            if arena.payload_size(mine, self.chunk, local) > file.capacity:
                 local = b""  # its new owner has mapped the arena: it must not grow here
             arena.capture(file, step, mine, chunk=self.chunk, local=local)
         finally:
@@ -262,11 +306,16 @@ def available_memory() -> int:
     return available if limit == "max" else min(available, int(limit) - used)
 
 
-def expected_size(entries: list[Entry], optimizers: list[torch.optim.Optimizer], rank: int, world: int) -> int:
+def expected_size(owned: Owned, entries: list[Entry], optimizers: list[torch.optim.Optimizer], chunk: int) -> int:
     """Bytes of one slot, before the optimizers have made their state: what they hold, or two more copies of the parameters."""
-    shared = size_of(entry for entry in entries if entry.shared)
-    private = size_of(entry for entry in entries if not entry.shared)
-    parameters = size_of(entry for entry in entries if entry.name.startswith("param/"))
+    sure = sum(part.length for part, _ in owned.parts)
+    parameters = sum(part.length for part, _ in owned.parts if part.name.startswith("param/"))
     grown = 0 if any(optimizer.state for optimizer in optimizers) else 2 * parameters
-    per_rank = (shared + grown) // world + private if shared else private + grown
-    return per_rank + 256 * len(entries) * 3 + (1 << 16)
+    return blocks.size_of_slot(sure + grown + 320 * len(entries) * 3 + (1 << 16) + 2 * chunk, 0, chunk)
+
+
+def node_need(layout: Layout, expected: int, owned: Owned) -> int:
+    """Bytes of snapshot memory of a whole node: two slots of each of its ranks, and two for each replica that it keeps of others."""
+    sizes = [part.length for part, _ in owned.parts]
+    travelling = sum(sizes[: owned.travelling]) / max(1, sum(sizes)) if layout.nodes > 1 else 0.0
+    return int(2 * expected * layout.per_node * (1 + travelling * (layout.copies - 1)))

@@ -7,13 +7,11 @@ plain RANK and WORLD_SIZE. Failure: whatever is missing or contradictory is one 
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from lightning_gemini.config import RendezvousConfig
+from lightning_gemini.peers import secret
 from lightning_gemini.peers.roster import Roster, is_loopback
 from lightning_gemini.rendezvous import hostlist
 
@@ -139,15 +137,4 @@ def _pod_hosts(environ: Mapping[str, str], world: int, names: str) -> tuple[str,
 
 def token(config: RendezvousConfig, environ: Mapping[str, str]) -> bytes:
     """The job's secret, empty if there is none. Raises `ValueError` for a file that others can read, or that is empty."""
-    if config.token_file is None:
-        return environ.get("LIGHTNING_GEMINI_TOKEN", "").strip().encode()
-    path = Path(config.token_file)
-    try:
-        data, mode = path.read_bytes().strip(), path.stat()
-    except OSError as error:
-        raise ValueError(f"rendezvous.token_file={config.token_file!r} cannot be read: {error.strerror}") from None
-    if mode.st_mode & (stat.S_IRWXG | stat.S_IRWXO) or mode.st_uid not in (os.geteuid(), 0):
-        raise ValueError(f"rendezvous.token_file={config.token_file!r} can be read by others: chmod 600 it, and own it")
-    if not data:
-        raise ValueError(f"rendezvous.token_file={config.token_file!r} is empty: write a random text into it (openssl rand -hex 32)")
-    return data
+    return secret.read(config.token_file, environ, "rendezvous.token_file")

@@ -17,8 +17,9 @@ from urllib.parse import urlsplit
 
 from lightning_gemini.config import RendezvousConfig
 from lightning_gemini.peers.errors import DuplicateRank, Unreachable
-from lightning_gemini.peers.node import PeerNode, require_token
+from lightning_gemini.peers.node import PeerNode
 from lightning_gemini.peers.roster import Address, Roster, is_loopback
+from lightning_gemini.peers.wire import require_token
 from lightning_gemini.rendezvous.detect import Place
 
 _REQUEST_S = 5

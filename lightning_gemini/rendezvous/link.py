@@ -27,6 +27,7 @@ from lightning_gemini.agent.messages import (
     Recover,
     Recovered,
     Stop,
+    Voted,
     decode_from_agent,
     encode,
 )
@@ -42,12 +43,16 @@ class Link:
 
     def __init__(self) -> None:
         self.world = int(os.environ["LIGHTNING_GEMINI_WORLD"])
+        self.per_node = int(os.environ["LIGHTNING_GEMINI_PER_NODE"])
+        """Ranks of each node."""
         rank = os.environ["LIGHTNING_GEMINI_RANK"]
         self.rank: int | None = int(rank) if rank else None
         self.announced = int(os.environ["LIGHTNING_GEMINI_GENERATION"])
         """Newest generation the agent has announced."""
         self.files = NodeFiles.from_text(os.environ["LIGHTNING_GEMINI_FILES"])
-        self.board = Board(self.files.board, self.world)
+        self.board = Board(self.files.board, self.per_node, alone=self.per_node == self.world)
+        self.hosts: list[str] = [host for host in os.environ["LIGHTNING_GEMINI_HOSTS"].split(",") if host]
+        """Of the nodes, in the order of their ranks; empty when there is one node only."""
         self.plan: Plan | None = None
         self.on_recover: Callable[[], None] = lambda: None
         self.on_recovered: Callable[[Recovered], None] = lambda _: None
@@ -62,6 +67,15 @@ class Link:
         """Process id of the agent."""
         return self._agent_pid
 
+    def place(self, rank: int) -> int:
+        """A rank's number on its node."""
+        return rank % self.per_node
+
+    def is_here(self, rank: int) -> bool:
+        """Whether a rank is on this node."""
+        assert self.rank is not None
+        return rank // self.per_node == self.rank // self.per_node
+
     def forget(self) -> None:
         """In a forked child that must not pass for this rank: close what it inherited."""
         self._channel.close()
@@ -71,6 +85,11 @@ class Link:
     def send(self, message: FromRank) -> None:
         """Tell the agent."""
         self._channel.send(encode(message))
+
+    def voted(self) -> None:
+        """This rank's words on the board have changed: other nodes must hear of it."""
+        if not self.board.alone:
+            self.send(Voted())
 
     def wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Wait until something the listening thread learns makes `condition` true. Raises `TimeoutError`."""
@@ -95,7 +114,7 @@ class Link:
     def _listen(self) -> None:
         while True:
             if self.rank is not None:
-                self.board.set(self.rank, HEARTBEAT_NS, time.monotonic_ns())
+                self.board.set(self.place(self.rank), HEARTBEAT_NS, time.monotonic_ns())
             if not select.select([self._channel], [], [], _BEAT_S)[0]:
                 continue
             data = self._channel.receive(wait=True)
@@ -111,9 +130,9 @@ class Link:
                     self.announced = max(self.announced, message.generation)
                 case Assign():
                     self.announced = max(self.announced, message.generation)
-                    self.rank = message.rank
+                    self.rank, self.hosts = message.rank, message.hosts
                 case Plan():
-                    self.plan = message
+                    self.plan, self.hosts = message, message.hosts
                 case Stop():
                     os._exit(0)
                 case Recovered():

@@ -88,9 +88,12 @@ class World:
         """Ranks of the job."""
         return self.peers.roster.size
 
-    def enter(self, generation: int) -> None:
-        """Take part in a generation."""
+    def enter(self, generation: int, hosts: Sequence[str] = ()) -> None:
+        """Take part in a generation; `hosts` of the nodes, where they may have changed."""
         self.generation = generation
+        if hosts and self._peers is not None:
+            roster = self._peers.roster
+            self._peers.roster = Roster.on_hosts(roster.job, hosts, roster.size // len(hosts))
         if self._peers is not None:
             self._peers.open(generation)
 

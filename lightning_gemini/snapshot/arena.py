@@ -1,8 +1,8 @@
 """Tensors to shared memory and back.
 
-Seam: `capture` fills a slot with the owned bytes and commits it; `restore` verifies a slot and copies it into live tensors. Payload:
-length of the manifest (8 bytes), manifest (MessagePack list of segments and the rank-local state), then the bytes of each segment in
-order. Copying and hashing go chunk by chunk, so that the hash reads what is still in cache.
+Seam: `capture` fills a slot with the owned bytes and commits it; `restore` copies a verified slot into live tensors. Payload: length of
+the manifest (8 bytes), manifest (see `manifest`), then the bytes of each segment in order; behind it the checksums of its blocks
+(`blocks`). Copying and hashing go chunk by chunk, so that the hash reads what is still in cache.
 
 Failure: a tensor changed by somebody while it was copied (its version counter moved) -> the capture is not committed and `Torn` is
 raised; the caller captures again. A checksum that differs on restore -> `CorruptSnapshot`, nothing was written yet.
@@ -10,30 +10,20 @@ raised; the caller captures again. A checksum that differs on restore -> `Corrup
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
-import msgspec
 import torch
-import xxhash
 
-from lightning_gemini.snapshot.slots import CorruptSnapshot, Slot, SlotFile
-from lightning_gemini.state.catalogue import Segment
+from lightning_gemini.snapshot import blocks
+from lightning_gemini.snapshot.manifest import Manifest, Segment, encode, manifest_of
+from lightning_gemini.snapshot.slots import Slot, SlotFile
+from lightning_gemini.state.ownership import Owned
 from lightning_gemini.state.raw import as_bytes
 
-_LENGTH = struct.Struct("<Q")
-Owned = list[tuple[Segment, torch.Tensor]]
 
 
 class Torn(RuntimeError):
     """A tensor was written while it was copied."""
-
-
-class Manifest(msgspec.Struct, array_like=True):
-    """What is in a payload, and the rank-local state of the same step."""
-
-    segments: list[Segment]
-    local: bytes = b""
 
 
 def versions(tensors: Iterable[torch.Tensor]) -> list[int]:
@@ -41,9 +31,10 @@ def versions(tensors: Iterable[torch.Tensor]) -> list[int]:
     return [tensor._version for tensor in tensors]
 
 
-def payload_size(owned: Owned, local: bytes = b"") -> int:
-    """Bytes a capture needs, with room for the manifest."""
-    return sum(segment.length + 256 + len(segment.name) for segment, _ in owned) + len(local) + 4096
+def payload_size(owned: Owned, chunk: int, local: bytes = b"") -> int:
+    """Bytes a capture needs, with room for the manifest and the checksums."""
+    data = sum(part.length + 320 + len(part.name) for part, _ in owned.parts) + len(local) + 4096
+    return blocks.size_of_slot(data + 2 * chunk, 0, chunk)
 
 
 def capture(file: SlotFile, step: int, owned: Owned, *, chunk: int, local: bytes = b"", expected: list[int] | None = None) -> None:
@@ -54,46 +45,39 @@ def capture(file: SlotFile, step: int, owned: Owned, *, chunk: int, local: bytes
         chunk: bytes copied and hashed at a time.
     """
     place = file.begin()
-    manifest = msgspec.msgpack.encode(Manifest([segment for segment, _ in owned], local))
-    digest = xxhash.xxh3_64()
+    manifest = Manifest([part for part, _ in owned.parts], local, owned.travelling, owned.key)
+    head = encode(manifest)
+    sizes = [part.length for part, _ in owned.parts]
+    travel, length = len(head) + sum(sizes[: owned.travelling]), len(head) + sum(sizes)
     with file.payload(place) as view:
-        head = _LENGTH.pack(len(manifest)) + manifest
-        length = len(head) + sum(segment.length for segment, _ in owned)
-        if length > len(view):
+        if blocks.size_of_slot(length, travel, chunk) > len(view):
             raise MemoryError(f"a snapshot of {length} bytes does not fit its slot of {len(view)}: the optimizer's state has grown")
-        view[: len(head)] = head
-        digest.update(head)
-        target = torch.frombuffer(view, dtype=torch.uint8)
-        position = len(head)
-        for segment, tensor in owned:
-            source = as_bytes(tensor if tensor.is_contiguous() else tensor.contiguous())
-            for start in range(segment.start, segment.start + segment.length, chunk):
-                size = min(chunk, segment.start + segment.length - start)
-                target[position : position + size].copy_(source[start : start + size])
-                digest.update(view[position : position + size])
-                position += size
-        del target
-    if expected is not None and versions(tensor for _, tensor in owned) != expected:
+        digests: list[int] = []
+        remaining = iter(blocks.cut(length, travel, chunk))
+        block = next(remaining, None)
+        for position in _copy(view, head, owned, chunk):
+            while block is not None and block.start + block.size <= position:
+                digests.append(blocks.digest(view[block.start : block.start + block.size]))
+                block = next(remaining, None)
+    if expected is not None and versions(owned.tensors) != expected:
         raise Torn(f"a tensor was written outside the optimizer while step {step} was copied")
-    file.commit(place, step=step, kind=0, length=position, digest=digest.intdigest())
+    blocks.seal(file, place, step=step, kind=0, length=length, trailer=blocks.Trailer(chunk, travel, digests))
 
 
-def verify(file: SlotFile, slot: Slot, chunk: int) -> None:
-    """Raise `CorruptSnapshot` unless the slot's bytes match its checksum."""
-    digest = xxhash.xxh3_64()
-    with file.payload(slot.place) as view:
-        for start in range(0, slot.length, chunk):
-            digest.update(view[start : min(start + chunk, slot.length)])
-    if digest.intdigest() != slot.digest:
-        raise CorruptSnapshot(f"tensors of step {slot.step}: checksum differs")
-
-
-def manifest_of(file: SlotFile, slot: Slot) -> tuple[Manifest, int]:
-    """The manifest of a slot, and where the bytes begin."""
-    with file.payload(slot.place) as view:
-        (size,) = _LENGTH.unpack_from(view)
-        manifest = msgspec.msgpack.decode(bytes(view[_LENGTH.size : _LENGTH.size + size]), type=Manifest)
-    return manifest, _LENGTH.size + size
+def _copy(view: memoryview, head: bytes, owned: Owned, chunk: int) -> Iterator[int]:
+    """Fill the payload piece by piece; yields how far it is filled."""
+    view[: len(head)] = head
+    position = len(head)
+    yield position
+    target = torch.frombuffer(view, dtype=torch.uint8)
+    for part, tensor in owned.parts:
+        source = as_bytes(tensor if tensor.is_contiguous() else tensor.contiguous())
+        for start in range(part.start, part.start + part.length, chunk):
+            size = min(chunk, part.start + part.length - start)
+            target[position : position + size].copy_(source[start : start + size])
+            position += size
+            yield position
+    del target
 
 
 def restore(file: SlotFile, slot: Slot, put: Callable[[Segment, torch.Tensor], None], *, wanted: Callable[[Segment], bool]) -> None:

@@ -35,6 +35,11 @@ class CollectiveLog:
         self._capacity = (size - _PAGE) // _SEGMENTS
         self._current = self._newest() % _SEGMENTS if self._map is not None else 0
 
+    @property
+    def allocated(self) -> bool:
+        """Whether there is room for anything."""
+        return self._map is not None
+
     def allocate(self, capacity: int) -> None:
         """Room for `capacity` bytes of results per segment (touched only as far as used), empty."""
         if self._map is not None:
@@ -71,15 +76,15 @@ class CollectiveLog:
         self._set(8 + self._current, number)
         self._write("", 0, msgspec.msgpack.encode(counters))
 
-    def append(self, group: str, index: int, result: bytes) -> None:
-        """Record the result of collective `index` of `group`."""
+    def append(self, group: str, index: int, result: bytes | None) -> None:
+        """Record the result of collective `index` of `group`; None: it was there, and did not fit the log it comes from."""
         self._write(group, index, result)
 
-    def _write(self, group: str, index: int, data: bytes) -> None:
+    def _write(self, group: str, index: int, data: bytes | None) -> None:
         name = group.encode()
         used = self._get(self._current)
-        missing = used + _ENTRY.size + len(name) + len(data) + 4096 > self._capacity  # leaves room to record what is missing
-        length, data = (_MISSING, b"") if missing else (len(data), data)
+        missing = data is None or used + _ENTRY.size + len(name) + len(data) + 4096 > self._capacity  # leaves room to record what is missing
+        length, data = (_MISSING, b"") if missing or data is None else (len(data), data)
         record = _ENTRY.pack(index, length, len(name)) + name + data
         if used + len(record) > self._capacity:
             raise MemoryError("more collectives between two steps than snapshot.collective_log_mib can even count: raise it")

@@ -1,42 +1,39 @@
-"""The catalogue: every tensor of the training state, by name, and which bytes of it each rank owns.
+"""The catalogue: every tensor of the training state, by name, and who holds the same bytes of it.
 
-Shared tensors are equal on all ranks (DDP: parameters and optimizer state): each rank owns an equal range of their concatenated bytes,
-cut across tensors, so that the work of copying is divided evenly whatever the sizes. Private tensors are this rank's alone (under
-FSDP2 every shard): their rank owns them whole. Buffers are not here: BatchNorm updates them from local batches inside the step, so they
-belong to the rank-local state, which is written at the boundary itself.
+Under DDP every rank holds every tensor. A DTensor says itself who does: its mesh and placements (FSDP2: its rank alone; HSDP: the ranks
+along the replicated dimensions). A plain tensor under FSDP2 (Adam's `step`) counts as its rank's own. Which bytes of it a rank writes into its
+snapshot, and whether they travel, is in `ownership`. Buffers are not here: BatchNorm updates them from local batches inside the step, so
+they belong to the rank-local state, which is written at the boundary itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_gemini.snapshot.manifest import Segment
 from lightning_gemini.state.raw import as_bytes
 
 
 class Entry(NamedTuple):
-    """One tensor: its name, its local part, and whether all ranks hold the same."""
+    """One tensor."""
 
     name: str
     tensor: torch.Tensor
-    shared: bool
-
-
-class Segment(msgspec.Struct, array_like=True, frozen=True):
-    """A range of bytes of one tensor as it lies in a snapshot; shape and dtype suffice to create the tensor anew."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    shared: bool
-    start: int
-    length: int
+    """The part that this rank holds."""
+    holders: tuple[int, ...]
+    """Ranks that hold the same bytes, this one among them, in order."""
+    shard: str
+    """Label of the bytes: equal on the holders and nowhere else; empty where all ranks hold them."""
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,65 +46,109 @@ def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def catalogue(model: nn.Module, optimizers: Iterable[Optimizer], *, replicated: bool) -> list[Entry]:
-    """All tensors of the state, in an order that is the same on every rank."""
-    entries = [Entry(f"param/{name}", local(p.detach()), replicated) for name, p in model.named_parameters()]
+def catalogue(model: nn.Module, optimizers: Iterable[Optimizer], *, replicated: bool, rank: int, world: int) -> list[Entry]:
+    """All tensors of the state, in an order that is the same on every rank.
+
+    Args:
+        replicated: every rank holds every tensor (DDP).
+    """
+
+    def entry(name: str, tensor: torch.Tensor) -> Entry:
+        holders, shard = holders_of(tensor, replicated=replicated, rank=rank, world=world)
+        return Entry(name, local(tensor.detach()), holders, shard, tuple(tensor.shape), offset_of(tensor))
+
+    entries = [entry(f"param/{name}", parameter) for name, parameter in model.named_parameters()]
     for number, optimizer in enumerate(optimizers):
         for index, parameter in enumerate(parameters_of(optimizer)):
             for key, value in sorted(optimizer.state.get(parameter, {}).items()):
                 if isinstance(value, torch.Tensor):
-                    entries.append(Entry(f"optim/{number}/{index}/{key}", local(value), replicated))
+                    entries.append(entry(f"optim/{number}/{index}/{key}", value))
     return entries
+
+
+def holders_of(tensor: torch.Tensor, *, replicated: bool, rank: int, world: int) -> tuple[tuple[int, ...], str]:
+    """Who holds the same bytes as this rank, and their label."""
+    if replicated:
+        return tuple(range(world)), ""
+    if not isinstance(tensor, DTensor):
+        return (rank,), f"r{rank}"
+    sharded = tuple(not placement.is_replicate() for placement in tensor.placements)
+    holders = _along(tensor.device_mesh, sharded, rank)
+    return holders, "" if len(holders) == world else str(holders[0])
+
+
+@functools.lru_cache(maxsize=256)
+def _along(mesh: DeviceMesh, sharded: tuple[bool, ...], rank: int) -> tuple[int, ...]:
+    """Ranks of a mesh that differ from `rank` in coordinates of replicated dimensions only."""
+    coordinate = (mesh.mesh == rank).nonzero()[0].tolist()
+    own = tuple(place if cut else slice(None) for place, cut in zip(coordinate, sharded, strict=True))
+    return tuple(sorted(mesh.mesh[own].flatten().tolist()))
+
+
+def offset_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Where the local part begins in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim()
+    key = tensor.device_mesh, tensor.placements, tensor.shape
+    if key not in _offsets:  # torch takes long to tell
+        chunks = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+        _offsets[key] = tuple(chunks[0].offsets) if chunks else (0,) * tensor.dim()
+    return _offsets[key]
+
+
+_offsets: dict[Any, tuple[int, ...]] = {}
 
 
 def size_of(entries: Iterable[Entry]) -> int:
     """Bytes."""
-    return sum(entry.tensor.numel() * entry.tensor.element_size() for entry in entries)
+    return sum(bytes_of(entry) for entry in entries)
 
 
-def owned(entries: list[Entry], rank: int, size: int) -> list[tuple[Segment, torch.Tensor]]:
-    """What `rank` of `size` keeps: its range of the shared bytes and all of its private tensors."""
-    total = size_of(entry for entry in entries if entry.shared)
-    first, last = total * rank // size, total * (rank + 1) // size
-    position, found = 0, []
-    for entry in entries:
-        length = entry.tensor.numel() * entry.tensor.element_size()
-        if not entry.shared:
-            found.append((_segment(entry, 0, length), entry.tensor))
-            continue
-        low, high = max(first, position), min(last, position + length)
-        if low < high:
-            found.append((_segment(entry, low - position, high - low), entry.tensor))
-        position += length
-    return found
+def bytes_of(entry: Entry) -> int:
+    """Bytes of the local part."""
+    return entry.tensor.numel() * entry.tensor.element_size()
 
 
-def _segment(entry: Entry, start: int, length: int) -> Segment:
+def segment(entry: Entry, start: int, length: int) -> Segment:
+    """A range of an entry's bytes."""
     tensor = entry.tensor
-    return Segment(entry.name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), entry.shared, start, length)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Segment(entry.name, tuple(tensor.shape), dtype, entry.shard, start, length, entry.whole, entry.offset)
 
 
 def layout(entries: list[Entry]) -> list[tuple[str, list[int], str]]:
-    """Names, shapes and dtypes: equal on all ranks where tensors are shared."""
+    """Names, shapes and dtypes: equal on all ranks where tensors are replicated."""
     return [(entry.name, list(entry.tensor.shape), str(entry.tensor.dtype)) for entry in entries]
 
 
-def target_of(segment: Segment, live: Mapping[str, torch.Tensor], optimizers: list[Optimizer]) -> torch.Tensor:
+def wanted(found: Segment, entries: Mapping[str, Entry], optimizers: list[Optimizer], label: Callable[[torch.Tensor], str]) -> bool:
+    """Whether a segment has bytes of this rank's state; `label` gives the label of a tensor of this rank."""
+    if found.name in entries:
+        return entries[found.name].shard == found.shard
+    parameter = _parameter(found.name, optimizers)  # optimizer state that does not exist yet
+    return found.shard in ("", label(parameter), label(torch.empty(0)))
+
+
+def _parameter(name: str, optimizers: list[Optimizer]) -> torch.Tensor:
+    assert name.startswith("optim/"), f"{name} is in the snapshot but not in the model"
+    _, number, index, _ = name.split("/", 3)
+    return parameters_of(optimizers[int(number)])[int(index)]
+
+
+def target_of(found: Segment, live: Mapping[str, torch.Tensor], optimizers: list[Optimizer]) -> torch.Tensor:
     """The live tensor a segment belongs to; optimizer state that does not exist yet is created."""
-    if segment.name in live:
-        return live[segment.name]
-    assert segment.name.startswith("optim/"), f"{segment.name} is in the snapshot but not in the model"
-    _, number, index, key = segment.name.split("/", 3)
-    optimizer = optimizers[int(number)]
-    parameter = parameters_of(optimizer)[int(index)]
-    dtype: torch.dtype = getattr(torch, segment.dtype)
+    if found.name in live:
+        return live[found.name]
+    parameter = _parameter(found.name, optimizers)
+    _, number, _, key = found.name.split("/", 3)
+    dtype: torch.dtype = getattr(torch, found.dtype)
     whole: Any
-    if isinstance(parameter, DTensor) and tuple(parameter.to_local().shape) == segment.shape:
+    if isinstance(parameter, DTensor) and tuple(parameter.to_local().shape) == found.shape:
         whole = torch.zeros_like(parameter, dtype=dtype)
     else:  # a scalar such as Adam's `step` lives on the CPU unless the optimizer is fused or capturable
-        device = parameter.device if len(segment.shape) > 0 else torch.device("cpu")
-        whole = torch.zeros(segment.shape, dtype=dtype, device=device)
-    optimizer.state[parameter][key] = whole
+        device = parameter.device if len(found.shape) > 0 else torch.device("cpu")
+        whole = torch.zeros(found.shape, dtype=dtype, device=device)
+    optimizers[int(number)].state[parameter][key] = whole
     return local(whole)
 
 

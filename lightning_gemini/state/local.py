@@ -2,15 +2,20 @@
 
 RNG of the boundary, progress of the loops, values logged in the epoch, metrics, callbacks, schedulers, scaler, position of the loader,
 torchmetrics, plain attributes of the LightningModule, and of callbacks those that have changed since set-up (a process id has not).
-Stored with pickle in the rank's own shared memory; it never crosses a socket.
-Objects that belong to the process (trainer, model, metrics …) are pickled by name and resolved to this process's own on loading.
+Stored in the rank's own shared memory. `foreign` says that a process on another machine may read it: then nothing is stored that only
+pickle can store, and no pickle is read (see `codec`). Objects that belong to the process (trainer, model, metrics …) go by name and are
+resolved to the reader's own.
+
+Failure: what cannot be stored -> `ValueError` with its path, in `capture`; bytes that were not captured here -> `ValueError` in `decode`
+and `logger_versions`.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import enum
-import io
-import pickle
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +24,13 @@ import torch
 from torchmetrics import Metric
 
 from lightning_gemini.compat import lightning as compat
-from lightning_gemini.compat import loggers
+from lightning_gemini.compat import loggers, results
 from lightning_gemini.data.position import PositionedLoader
-from lightning_gemini.state import rng
+from lightning_gemini.state import codec, rng
 from lightning_gemini.state.catalogue import parameters_of
 
+_SIZE = struct.Struct("<Q")
+"""Of what set-up reads alone, before the rest."""
 _PLAIN = (int, float, bool, str, bytes, complex, type(None))
 
 
@@ -58,9 +65,10 @@ class Boundary:
 class LocalState:
     """Captures and restores the rank-local state of one `fit`."""
 
-    def __init__(self, trainer: pl.Trainer, previous: LocalState | None = None) -> None:
-        """`previous` is that of an earlier entry of `fit` in this process: the callbacks have changed since then."""
+    def __init__(self, trainer: pl.Trainer, previous: LocalState | None = None, *, foreign: bool = False) -> None:
+        """`previous` is that of an earlier entry of `fit` in this process: the callbacks have changed since then. `foreign`: see above."""
         self.trainer = trainer
+        self._foreign = foreign
         self.model = trainer.lightning_module
         self._anchors: dict[str, Any] = {"trainer": trainer, "strategy": trainer.strategy, "datamodule": trainer.datamodule}  # type: ignore[attr-defined]
         self._anchors |= {f"module:{name}": module for name, module in self.model.named_modules(remove_duplicate=False)}
@@ -69,7 +77,7 @@ class LocalState:
         self._names = {id(value): name for name, value in reversed(self._anchors.items()) if value is not None}
         self._rows = loggers.Rows(trainer)
         self._generators = rng.private_generators(self.model)
-        self._initial: list[dict[str, Any]] = previous._initial if previous else _copy([_attributes(c) for c in trainer.callbacks])  # type: ignore[attr-defined]
+        self._initial: list[dict[str, Any]] = previous._initial if previous else copy.deepcopy([_attributes(c) for c in trainer.callbacks])  # type: ignore[attr-defined]
 
     # ---- capture
 
@@ -103,27 +111,35 @@ class LocalState:
             "loaders": [loader.position(compat.read_ahead(trainer)) for loader in _loaders(trainer)],
             "rows": self._rows.capture(),
         }
-        buffer = io.BytesIO(pickle.dumps(loggers.versions(trainer)))
-        buffer.seek(0, io.SEEK_END)
-        pickler = pickle.Pickler(buffer, protocol=5)
-        pickler.persistent_id = lambda value: self._names.get(id(value))  # type: ignore[method-assign]
-        pickler.dump(boundary)
-        return buffer.getvalue()
+        head = codec.encode({"logger_versions": loggers.versions(trainer)}, {}, foreign=self._foreign)
+        return b"".join([_SIZE.pack(len(head)), head, codec.encode(self._plain(boundary), self._names, foreign=self._foreign)])
+
+    def _plain(self, boundary: Boundary) -> dict[str, Any]:
+        """With values of `self.log` as rows, and `boundary` itself as a dict."""
+        loops = {path: dict(loop) for path, loop in boundary.state["loops"].items()}
+        for loop in loops.values():
+            if "results" in loop:
+                loop["results"] = results.pack(loop["results"], self.trainer.strategy)
+        fields = {field.name: getattr(boundary, field.name) for field in dataclasses.fields(boundary)}
+        return {**fields, "kind": int(boundary.kind), "state": {**boundary.state, "loops": loops}}
 
     def decode(self, data: bytes) -> Boundary:
-        """Inverse of the serialisation; nothing is restored yet."""
-        stream = io.BytesIO(data)
-        pickle.load(stream)
-        unpickler = pickle.Unpickler(stream)
-        unpickler.persistent_load = self._anchors.__getitem__  # type: ignore[method-assign]
-        boundary = unpickler.load()
-        assert isinstance(boundary, Boundary)
-        return boundary
+        """Inverse of the serialisation; nothing is restored yet. Raises `ValueError` for other bytes."""
+        strategy, start = self.trainer.strategy, _SIZE.size + _head_size(data)
+        plain = codec.decode(memoryview(data)[start:], self._anchors, foreign=self._foreign, device=strategy.root_device)
+        try:
+            for loop in plain["state"]["loops"].values():
+                if "results" in loop:
+                    loop["results"] = results.unpack(loop["results"], strategy)
+            return Boundary(**{**plain, "kind": Kind(plain["kind"])})
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"the rank-local state has another shape than this version's: {error}") from error
 
     @staticmethod
-    def logger_versions(data: bytes) -> list[Any]:
+    def logger_versions(data: bytes, *, foreign: bool = False) -> list[Any]:
         """What set-up needs to know before anything else can be decoded."""
-        return pickle.load(io.BytesIO(data))  # type: ignore[no-any-return]
+        head = memoryview(data)[_SIZE.size : _SIZE.size + _head_size(data)]
+        return codec.decode(head, {}, foreign=foreign)["logger_versions"]  # type: ignore[no-any-return]
 
     # ---- restore
 
@@ -139,7 +155,7 @@ class LocalState:
         trainer, state = self.trainer, boundary.state
         compat.restore_loops(trainer, state["loops"])
         compat.restore_metrics(trainer, state["metrics"])
-        rows = zip(trainer.callbacks, state["callbacks"], _copy(self._initial), state["callback_attributes"], strict=True)  # type: ignore[attr-defined]
+        rows = zip(trainer.callbacks, state["callbacks"], copy.deepcopy(self._initial), state["callback_attributes"], strict=True)  # type: ignore[attr-defined]
         for callback, saved, initial, (changed, unchanged) in rows:
             if saved and not compat.is_clock(callback):
                 callback.load_state_dict(saved)
@@ -175,6 +191,12 @@ class LocalState:
         rng.restore(state["rng"], trainer.strategy.root_device)
 
 
+def _head_size(data: bytes) -> int:
+    if len(data) < _SIZE.size:
+        raise ValueError(f"the rank-local state has {len(data)} bytes")
+    return int(_SIZE.unpack_from(data)[0])
+
+
 def is_plain(value: Any) -> bool:
     """Numbers, strings, and lists, tuples, sets and dicts of them, and detached tensors in them."""
     if isinstance(value, _PLAIN):
@@ -204,10 +226,6 @@ def _equal(a: Any, b: Any) -> bool:
         return type(a) is type(b) and bool(a == b)
     except Exception:  # containers of tensors do not compare
         return False
-
-
-def _copy(value: Any) -> Any:
-    return pickle.loads(pickle.dumps(value))
 
 
 def _is_value(item: Any) -> bool:

@@ -75,6 +75,7 @@ LIGHTNING: dict[str, list[Find]] = {
     "_current_fx": [lambda t: t._logger_connector],
     "_logger_connector": [lambda t: t],
     "_signal_connector": [lambda t: t],
+    "_checkpoint_connector": [lambda t: t],
     "_data_fetcher": [lambda t: t.fit_loop],
     "_combined_loader": [lambda t: t.fit_loop],
     "_has_run": [lambda t: t.fit_loop.epoch_loop.val_loop],
@@ -90,6 +91,7 @@ LIGHTNING: dict[str, list[Find]] = {
     "_per_optimizer_states": [lambda t: torch.amp.GradScaler("cpu")],
 }
 TORCH: dict[str, list[Find]] = {
+    "_StorageInfo": [lambda t: importlib.import_module("torch.distributed.checkpoint.filesystem")],
     "_rebuild_buckets": [lambda t: dist.Reducer],
     "_get_fsdp_state": [lambda t: FSDPModule],
     "_share_fd_cpu_": [lambda t: torch.UntypedStorage],
@@ -97,6 +99,8 @@ TORCH: dict[str, list[Find]] = {
 }
 # not underscored, but undocumented, or newer than the oldest version that we name
 UNDOCUMENTED: dict[str, list[Find]] = {
+    "dump_checkpoint": [lambda t: t._checkpoint_connector],
+    "FsspecReader": [lambda t: importlib.import_module("torch.distributed.checkpoint._fsspec_filesystem")],
     "prepare_for_backward": [lambda t: dist.Reducer],
     "reset_iter_state": [lambda t: FSDPModule],
     "reshard": [lambda t: FSDPModule],

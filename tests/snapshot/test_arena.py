@@ -9,9 +9,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lightning_gemini.snapshot import arena
+from lightning_gemini.snapshot import arena, blocks
+from lightning_gemini.snapshot.manifest import Segment, manifest_of
 from lightning_gemini.snapshot.slots import PAGE, CorruptSnapshot, SlotFile
-from lightning_gemini.state.catalogue import Entry, Segment, copy_in, owned
+from lightning_gemini.state.catalogue import copy_in
+from lightning_gemini.state.ownership import Layout, Owned, owned
+from tests.support.entries import entry
 
 CHUNK = 4096
 
@@ -26,16 +29,16 @@ def file() -> Iterator[SlotFile]:
     os.close(fd)
 
 
-def whole(**tensors: torch.Tensor) -> arena.Owned:
+def whole(**tensors: torch.Tensor) -> Owned:
     """All bytes of private tensors."""
-    return owned([Entry(name, tensor, False) for name, tensor in tensors.items()], 0, 1)
+    return owned([entry(name, tensor, (0,)) for name, tensor in tensors.items()], Layout(0, 1, 1, 1))
 
 
 def read_back(file: SlotFile, step: int, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """New tensors with what the slot of `step` has."""
     slot = file.find(step)
     assert slot is not None
-    arena.verify(file, slot, CHUNK)
+    blocks.verify(file, slot)
     found = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in like.items()}
     arena.restore(file, slot, lambda segment, data: copy_in(found[segment.name], segment.start, data), wanted=lambda _: True)
     return found
@@ -82,8 +85,10 @@ def test_the_chunk_does_not_matter(file: SlotFile, chunk: int) -> None:
     arena.capture(file, 1, whole(**MANY), chunk=CHUNK)
     arena.capture(file, 2, whole(**MANY), chunk=chunk)
     first, second = file.slots()
-    assert (first.length, first.digest) == (second.length, second.digest)
-    arena.verify(file, first, chunk)
+    assert first.length == second.length and blocks.verify(file, first).chunk == CHUNK
+    assert blocks.verify(file, second).chunk == chunk
+    with file.payload(first.place) as one, file.payload(second.place) as two:
+        assert one[: first.length] == two[: first.length]
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(4, 6), torch.zeros(6, 4).t()], ids=["contiguous", "transposed"])
@@ -105,10 +110,10 @@ def test_a_live_parameter_is_restored_in_place(file: SlotFile) -> None:
 
 
 def test_segments_of_several_owners_make_the_whole(file: SlotFile) -> None:
-    entries = [Entry(name, tensor, True) for name, tensor in MANY.items()]
+    entries = [entry(name, tensor, (0, 1, 2)) for name, tensor in MANY.items()]
     found = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in MANY.items()}
     for rank in range(3):
-        arena.capture(file, rank, owned(entries, rank, 3), chunk=CHUNK)
+        arena.capture(file, rank, owned(entries, Layout(rank, 3, 3, 1)), chunk=CHUNK)
         slot = file.find(rank)
         assert slot is not None
         arena.restore(file, slot, lambda segment, data: copy_in(found[segment.name], segment.start, data), wanted=lambda _: True)
@@ -129,7 +134,7 @@ def test_only_wanted_segments_are_handed_out(file: SlotFile) -> None:
 
 def test_the_local_state_lies_beside_the_tensors(file: SlotFile) -> None:
     arena.capture(file, 1, whole(**MANY), chunk=CHUNK, local=b"loops and generators")
-    manifest, _ = arena.manifest_of(file, file.slots()[-1])
+    manifest, _ = manifest_of(file, file.slots()[-1])
     assert manifest.local == b"loops and generators"
     assert [segment.name for segment in manifest.segments] == list(MANY)
 
@@ -158,12 +163,12 @@ def test_a_write_since_the_boundary_is_torn(file: SlotFile) -> None:
     tensors = {"a": torch.zeros(5), "b": torch.zeros(5)}
     mine = whole(**tensors)
     arena.capture(file, 1, mine, chunk=CHUNK)
-    expected = arena.versions(tensor for _, tensor in mine)
+    expected = arena.versions(mine.tensors)
     tensors["b"].add_(1)
     with pytest.raises(arena.Torn, match="while step 2 was copied"):
         arena.capture(file, 2, mine, chunk=CHUNK, expected=expected)
     assert [slot.step for slot in file.slots()] == [1]
-    arena.capture(file, 2, mine, chunk=CHUNK, expected=arena.versions(tensor for _, tensor in mine))
+    arena.capture(file, 2, mine, chunk=CHUNK, expected=arena.versions(mine.tensors))
     assert torch.equal(read_back(file, 2, tensors)["b"], torch.ones(5))
 
 
@@ -219,7 +224,7 @@ def test_payload_size_is_enough() -> None:
     slots = SlotFile(fd)
     many = whole(**{f"net.{'layer.' * 12}{i}.weight": torch.ones(i % 5) for i in range(300)})
     local = os.urandom(9000)
-    size = arena.payload_size(many, local)
+    size = arena.payload_size(many, CHUNK, local)
     slots.allocate(size)
     arena.capture(slots, 1, many, chunk=CHUNK, local=local)
     assert size - slots.slots()[-1].length < 300 * 400
@@ -231,8 +236,8 @@ def test_payload_size_is_enough() -> None:
 def test_a_flipped_bit_is_found_before_anything_is_written(file: SlotFile, where: str) -> None:
     arena.capture(file, 1, whole(**MANY), chunk=CHUNK)
     (slot,) = file.slots()
-    _, begin = arena.manifest_of(file, slot)
+    _, begin = manifest_of(file, slot)
     position = {"manifest": 20, "first byte": begin, "last byte": slot.length - 1}[where]
     file.memory[PAGE + slot.place * file.capacity + position] ^= 1
     with pytest.raises(CorruptSnapshot, match="tensors of step 1"):
-        arena.verify(file, slot, CHUNK)
+        blocks.verify(file, slot)

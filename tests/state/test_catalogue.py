@@ -1,74 +1,22 @@
-"""Which bytes of the state each rank owns: all of them, once, evenly; and where restored bytes go."""
+"""The catalogue of a model: names, holders, live tensors; and where restored bytes go."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from lightning_gemini.state.catalogue import Entry, Segment, catalogue, copy_in, layout, owned, parameters_of, size_of, target_of
-
-DTYPES = {torch.float32: 4, torch.bfloat16: 2, torch.float64: 8, torch.bool: 1, torch.int64: 8}
-tensors = st.builds(
-    lambda shape, dtype: torch.zeros(shape, dtype=dtype),
-    st.lists(st.integers(0, 9), max_size=3).map(tuple),
-    st.sampled_from(list(DTYPES)),
-)
-any_entries = st.lists(st.tuples(tensors, st.booleans()), max_size=8).map(
-    lambda pairs: [Entry(f"param/{i}", tensor, shared) for i, (tensor, shared) in enumerate(pairs)]
-)
-any_world = st.integers(1, 9)
+from lightning_gemini.snapshot.manifest import Segment
+from lightning_gemini.state import catalogue as module
+from lightning_gemini.state.catalogue import Entry, copy_in, layout, parameters_of, target_of
+from lightning_gemini.state.ownership import Layout, owned
 
 
-def nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
-
-@given(entries=any_entries, world=any_world)
-@settings(max_examples=150, deadline=None)
-def test_every_shared_byte_has_exactly_one_owner(entries: list[Entry], world: int) -> None:
-    covered = {entry.name: [0] * nbytes(entry.tensor) for entry in entries if entry.shared}
-    for rank in range(world):
-        for segment, tensor in owned(entries, rank, world):
-            assert segment.start >= 0 and segment.start + segment.length <= nbytes(tensor)
-            assert (segment.shape, segment.dtype) == (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            if segment.shared:
-                assert segment.length > 0
-                for i in range(segment.start, segment.start + segment.length):
-                    covered[segment.name][i] += 1
-    assert all(count == 1 for counts in covered.values() for count in counts)
-
-
-@given(entries=any_entries, world=any_world)
-@settings(max_examples=100, deadline=None)
-def test_private_tensors_are_kept_whole_by_their_rank(entries: list[Entry], world: int) -> None:
-    for rank in range(world):
-        private = [(s.name, s.start, s.length) for s, _ in owned(entries, rank, world) if not s.shared]
-        assert private == [(entry.name, 0, nbytes(entry.tensor)) for entry in entries if not entry.shared]
-
-
-@given(entries=any_entries, world=any_world)
-@settings(max_examples=100, deadline=None)
-def test_shares_differ_by_one_byte_at_most(entries: list[Entry], world: int) -> None:
-    shares = [sum(s.length for s, _ in owned(entries, rank, world) if s.shared) for rank in range(world)]
-    assert max(shares) - min(shares) <= 1
-    assert sum(shares) == size_of(entry for entry in entries if entry.shared)
-
-
-@given(entries=any_entries, world=any_world)
-@settings(max_examples=50, deadline=None)
-def test_a_share_is_one_range_of_the_concatenated_bytes(entries: list[Entry], world: int) -> None:
-    starts, position = {}, 0
-    for entry in entries:
-        starts[entry.name] = position
-        position += nbytes(entry.tensor) if entry.shared else 0
-    position = 0
-    for rank in range(world):
-        for segment, _ in owned(entries, rank, world):
-            if segment.shared:
-                assert starts[segment.name] + segment.start == position
-                position += segment.length
+def catalogue(
+    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], *, replicated: bool, rank: int = 0, world: int = 3
+) -> list[Entry]:
+    """Of rank `rank`."""
+    return module.catalogue(model, optimizers, replicated=replicated, rank=rank, world=world)
 
 
 # ---- the catalogue of a model
@@ -99,7 +47,8 @@ def test_names_and_order() -> None:
 @pytest.mark.parametrize("replicated", [True, False])
 def test_who_holds_them(replicated: bool) -> None:
     model, optimizer = trained(torch.optim.Adam)
-    assert {entry.shared for entry in catalogue(model, [optimizer], replicated=replicated)} == {replicated}
+    expected = ((0, 1, 2), "") if replicated else ((1,), "r1")
+    assert {(entry.holders, entry.shard) for entry in catalogue(model, [optimizer], replicated=replicated, rank=1)} == {expected}
 
 
 def test_entries_are_the_live_tensors() -> None:
@@ -147,7 +96,7 @@ def test_a_new_process_goes_on_with_the_same_bits(kind: type[torch.optim.Optimiz
     live = {entry.name: entry.tensor for entry in catalogue(twin, [fresh], replicated=True)}
     source = catalogue(model, [optimizer], replicated=True)
     for rank in range(3):
-        for segment, tensor in owned(source, rank, 3):
+        for segment, tensor in owned(source, Layout(rank, 3, 3, 1)).parts:
             data = tensor.contiguous().reshape(-1).view(torch.uint8)[segment.start : segment.start + segment.length].clone()
             live[segment.name] = target_of(segment, live, [fresh])
             copy_in(live[segment.name], segment.start, data)
@@ -166,10 +115,11 @@ def test_a_new_process_goes_on_with_the_same_bits(kind: type[torch.optim.Optimiz
 def test_state_that_is_there_is_not_made_again() -> None:
     model, optimizer = trained(torch.optim.Adam)
     live = {entry.name: entry.tensor for entry in catalogue(model, [optimizer], replicated=True)}
-    (segment, tensor), *_ = [pair for pair in owned(catalogue(model, [optimizer], replicated=True), 0, 1) if "exp_avg_sq" in pair[0].name]
+    mine = owned(catalogue(model, [optimizer], replicated=True), Layout(0, 1, 1, 1))
+    (segment, tensor), *_ = [pair for pair in mine.parts if "exp_avg_sq" in pair[0].name]
     assert target_of(segment, live, [optimizer]).data_ptr() == tensor.data_ptr()
 
 
 def test_a_parameter_that_the_model_lacks_is_an_error() -> None:
     with pytest.raises(AssertionError, match="param/gone is in the snapshot but not in the model"):
-        target_of(Segment("param/gone", (1,), "float32", True, 0, 4), {}, [])
+        target_of(Segment("param/gone", (1,), "float32", "", 0, 4), {}, [])

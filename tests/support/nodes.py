@@ -23,11 +23,16 @@ _BIND, _RECURSIVE, _SLAVE = 4096, 16384, 1 << 19
 _ETC = Path("/etc/netns")
 
 
-def ip(*words: str) -> None:
-    """One command of iproute2. Raises `OSError` with what it said."""
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20, check=False)
+def run(*words: str) -> None:
+    """One command. Raises `OSError` with what it said."""
+    done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
     if done.returncode:
-        raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+        raise OSError(f"{' '.join(words)}: {done.stderr.strip()}")
+
+
+def ip(*words: str) -> None:
+    """One command of iproute2. Raises `OSError`."""
+    run("ip", *words)
 
 
 def require_namespaces() -> None:
@@ -127,6 +132,12 @@ class Nodes:
     def mend(self, number: int) -> None:
         """Put it back."""
         ip("-n", self._switch, "link", "set", f"port{number}", "up")
+
+    def slow(self, number: int, rate: str) -> None:
+        """A node's line carries no more than `rate` (a word of tc, such as 8mbit) in either direction."""
+        words = ["root", "tbf", "rate", rate, "burst", "32kbit", "latency", "100ms"]
+        run("tc", "-n", f"{self._name}-{number}", "qdisc", "replace", "dev", self.interface, *words)
+        run("tc", "-n", self._switch, "qdisc", "replace", "dev", f"port{number}", *words)
 
     def black_hole(self, number: int, address: str) -> None:
         """What a node sends to an address is lost, as behind a firewall that drops: no refusal, no error."""

@@ -1,0 +1,190 @@
+"""A node of the job, as its membership sees it: what happens here in a recovery, and how the job ends.
+
+Seam: the membership's `Observer`. `fault` asks for a recovery, `fill` goes on with one after any news of a process, `end` ends the job on all
+nodes. States and failures of a recovery are in `agent.coordinator`; this is what they mean for the processes of the node.
+
+A node in no roster is a spare: it keeps a warm process for each rank that it may be given. A node that is expelled ends its processes at
+once; whoever runs it may offer it again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+from lightning_gemini.agent.coordinator import Coordinator
+from lightning_gemini.agent.crew import MAX_SPARE_FAILURES, Crew
+from lightning_gemini.agent.job import Job
+from lightning_gemini.agent.member import Member
+from lightning_gemini.agent.memory import END_AT
+from lightning_gemini.agent.messages import Fault
+from lightning_gemini.config import GeminiConfig
+from lightning_gemini.membership.records import Ending, Generation, NodeInfo, Outcome
+from lightning_gemini.recovery.plan import RecoveryPlan
+
+
+class Node:
+    """See the module's docstring."""
+
+    def __init__(self, crew: Crew, ranks_per_node: int) -> None:
+        self.crew, self.ranks_per_node = crew, ranks_per_node
+        self.coordinator = Coordinator(crew, ranks_per_node)
+        self.job: Job
+        self.exit_status: int | None = None
+        self.expelled = False
+        self.configured = False
+        """A process of this node has reached `fit`."""
+        self.ending = False
+        """The job ends by a signal: nobody is replaced any more."""
+        self.nobody = False
+        """In this recovery: no process of this node had reached `fit`, there is nothing to keep or to fill."""
+        self.deadline = float("inf")
+        """By when the ranks of this node must stand still."""
+
+    @property
+    def config(self) -> GeminiConfig:
+        """The strategy's options, once a rank has told them."""
+        return self.coordinator.config
+
+    # ---- processes
+
+    def start(self, rank: int | None) -> None:
+        """Start a rank, or (None) a spare."""
+        coordinator = self.coordinator
+        environment = {
+            "LIGHTNING_GEMINI_WORLD": str(coordinator.world),
+            "LIGHTNING_GEMINI_PER_NODE": str(self.ranks_per_node),
+            "LIGHTNING_GEMINI_HOSTS": ",".join(coordinator.hosts),
+            "LIGHTNING_GEMINI_JOB": self.job.name,
+            "LIGHTNING_GEMINI_TOKEN": self.job.token,
+            "LIGHTNING_GEMINI_GENERATION": str(coordinator.number),
+        }
+        self.crew.start(rank, environment, coordinator.files)
+
+    def start_spares(self) -> None:
+        """Keep as many as are wanted."""
+        if self.ending or self.crew.spare_failures >= MAX_SPARE_FAILURES or self.exit_status is not None:
+            return
+        vacant = self.ranks_per_node - len(self.crew.ranks()) - len(self.crew.done())
+        if self.coordinator.index is None:
+            wanted = self.ranks_per_node
+        else:
+            wanted = max(self.config.recovery.spares, vacant if self.coordinator.recovery else 0)
+        for _ in range(wanted - len(self.crew.idle())):
+            self.start(None)
+
+    # ---- recovery
+
+    def fault(self, member: Member, reason: str, raised: Fault | None = None) -> None:
+        """A rank of this node died or raised."""
+        assert member.rank is not None
+        ending = self.coordinator.fault(member.rank, reason, raised.at_ns if raised else 0)
+        if ending is not None:
+            what = f"{member.name} raised in {raised.where}:\n{raised.error}" if raised else reason
+            self.end(1, f"{ending}; the last: {what}")
+        self.coordinator.membership.poll()  # on one node the generation has begun: a further fault belongs to it
+
+    def on_generation(self, generation: Generation, nodes: Mapping[str, NodeInfo]) -> None:
+        """See `membership.base.Observer`."""
+        index, known = self.job.index_in(generation), self.coordinator.index is not None
+        if generation.number == 0 or index is None:
+            self.coordinator.form(generation, nodes, index)
+            for rank in self.coordinator.own_ranks():
+                self.start(rank)
+            if index is None:
+                self.start_spares()
+            return
+        self.nobody = known and not self.configured
+        self.coordinator.begin(generation, nodes, index)
+        self.deadline = time.monotonic() + self.config.recovery.regroup_timeout_s
+        self.fill()
+
+    def fill(self) -> None:
+        """Go on with a recovery: give dead ranks to spares, then report what this node has."""
+        coordinator = self.coordinator
+        if coordinator.recovery is None or coordinator.recovery.stopped_ns:
+            return
+        if not self.nobody:
+            for rank in sorted(set(coordinator.own_ranks()) - set(self.crew.ranks())):
+                spare = self.crew.warm()
+                if spare is None:
+                    self.start_spares()
+                    return
+                coordinator.assign(spare, rank)
+        coordinator.try_report(nobody=self.nobody)
+
+    def on_plan(self, number: int, plan: RecoveryPlan) -> None:
+        """See `membership.base.Observer`."""
+        if not self.coordinator.take(number, plan):
+            return
+        if plan.action == "restart" and plan.repeated_steps:
+            self.end(1, f"nothing to go back to: {plan.reason}, no older snapshot is complete; {plan.repeated_steps} completed "
+                         "steps are lost, resume from your last checkpoint")  # fmt: skip
+        elif plan.action == "restart":
+            self._restart()
+        else:
+            self.coordinator.fetch(number, plan, failed=lambda error: self._on_fetch_failed(number, error))
+
+    def _on_fetch_failed(self, number: int, error: BaseException) -> None:
+        if number == self.coordinator.number:
+            self.say(f"state could not be fetched from other nodes: {error}")
+            self.coordinator.membership.begin(number, f"state could not be fetched: {error}", step=-1)
+
+    def _restart(self) -> None:
+        self.say("a rank was lost before the first step boundary: all ranks start anew")
+        self.crew.end_all()
+        self.crew.members.clear()
+        self.coordinator.reopen()
+        for rank in self.coordinator.own_ranks():
+            self.start(rank)
+        if self.configured:
+            self.start_spares()
+
+    def on_recovered(self, outcome: Outcome) -> None:
+        """See `membership.base.Observer`."""
+        summary = self.coordinator.over(outcome)
+        if summary is None:
+            return
+        total = sum(summary.seconds.values())
+        phases = ", ".join(f"{phase} {seconds:.3f}" for phase, seconds in summary.seconds.items())
+        again = f", {outcome.repeated_steps} completed steps computed again" if outcome.repeated_steps else ""
+        self.say(f"recovered in {total:.3f} s at step {summary.step} ({phases}){again}: {summary.reason}")
+        for other in self.crew.ranks().values():
+            other.send(summary)
+        self.crew.spare_failures = 0
+        self.start_spares()
+
+    def on_ending(self, ending: Ending) -> None:
+        """See `membership.base.Observer`."""
+        if self.exit_status is None:
+            self.exit_status = ending.status
+            self.coordinator.emit("end", exit_status=ending.status, reason=ending.reason)
+            if ending.status and ending.reason:
+                self.say(ending.reason)
+
+    def on_expelled(self, why: str) -> None:
+        """See `membership.base.Observer`."""
+        self.expelled = True
+        self.coordinator.emit("expelled", reason=why)
+        self.say(f"this node has left the job: {why}")
+
+    def end_after(self, step: int) -> None:
+        """All ranks of this node inside `fit` end after `step`."""
+        for rank, member in self.crew.ranks().items():
+            if member.in_fit and step > 1:
+                self.coordinator.board.set(self.coordinator.place(rank), END_AT, step)
+
+    def on_news(self, text: str) -> None:
+        """See `membership.base.Observer`."""
+        self.say(text)
+
+    def end(self, status: int, reason: str) -> None:
+        """End the job, on all nodes; the first reason counts."""
+        ending = Ending(status=status, reason=reason)
+        self.on_ending(ending)
+        self.coordinator.membership.end(ending)
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        print(f"lightning_gemini: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,175 @@
+"""Runs real jobs of several nodes: one forked agent per node, forked ranks, a real etcd, real signals.
+
+Nodes are addresses of loopback, or (with `nodes`) network namespaces of their own. The parent (pytest) has torch and lightning imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_gemini.agent.cluster import Cluster
+from lightning_gemini.agent.joining import Options, through_etcd
+from lightning_gemini.agent.spawn import ForkSpawner
+from lightning_gemini.agent.supervisor import Supervisor
+from lightning_gemini.config import MembershipConfig
+from lightning_gemini.telemetry.events import read_events
+from tests.support.nodes import Nodes
+
+TOKEN = b"a secret of this test"
+
+
+@dataclass
+class NodeResult:
+    """What a node left behind."""
+
+    number: int
+    directory: Path
+    output: str
+    exit_status: int | None
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Of its agents, in order of time."""
+        found = [event for path in self.directory.glob("agent-*.jsonl") for event in read_events(str(path)) if event["node"] == self.number]
+        return sorted(found, key=lambda event: float(event["time"]))
+
+
+@dataclass
+class JobOnNodes:
+    """A running job: `agents` are the pids of the nodes' agents, each the leader of a process group with all processes of its node."""
+
+    directory: Path
+    etcd: list[str]
+    target: Callable[[], None]
+    count: int
+    per_node: int
+    nodes: Nodes | None = None
+    membership: dict[str, Any] = field(default_factory=dict)
+    agents: dict[int, int] = field(default_factory=dict)
+    statuses: dict[int, int] = field(default_factory=dict)
+
+    def start(self, number: int, **options: Any) -> None:
+        """Start the agent of a node; those beyond `count` are spares."""
+        log = self.directory / f"node{number}.txt"
+        pid = os.fork()
+        if pid:
+            self.agents[number] = pid
+            return
+        status = 99
+        try:
+            os.setsid()
+            fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(fd, 1)
+            os.dup2(fd, 2)
+            sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+            os.chdir(self.directory)
+            status = self._run(number, options)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def _run(self, number: int, options: dict[str, Any]) -> int:
+        if self.nodes is not None:
+            self.nodes.enter(number)
+            host = self.nodes.address(number)
+        else:
+            host = f"127.0.0.{number + 1}"
+        rank = number if number < self.count else -1
+        here = Cluster(nnodes=self.count, ranks_per_node=self.per_node, node_rank=rank, job=self.directory.name, host=host, **options)
+        config = MembershipConfig(etcd=self.etcd, **self.membership)
+        while True:
+            join = through_etcd(here, Options(membership=config, token=TOKEN))
+            status = Supervisor(ForkSpawner(self.target), self.per_node, join).run()
+            if status is not None:
+                return status
+
+    def kill(self, number: int) -> None:
+        """All processes of a node, at once."""
+        os.killpg(self.agents[number], signal.SIGKILL)
+        self._reap(number, os.WNOHANG if number not in self.agents else 0)
+
+    def _reap(self, number: int, flags: int) -> bool:
+        done, raw = os.waitpid(self.agents[number], flags)
+        if done:
+            del self.agents[number]
+            self.statuses[number] = os.waitstatus_to_exitcode(raw)
+        return bool(done)
+
+    def output(self, number: int) -> str:
+        """Of a node."""
+        path = self.directory / f"node{number}.txt"
+        return path.read_text() if path.exists() else ""
+
+    def outputs(self) -> str:
+        """Of all."""
+        return "\n".join(f"--- node {path.stem[4:]}\n{path.read_text()[-5000:]}" for path in sorted(self.directory.glob("node*.txt")))
+
+    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+        """Wait until something has happened."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline or not self.agents:
+                raise TimeoutError(f"{what} did not happen\n{self.outputs()}")
+            for number in list(self.agents):
+                self._reap(number, os.WNOHANG)
+            time.sleep(0.01)
+
+    def wait(self, timeout_s: float = 100.0) -> dict[int, int]:
+        """Until all agents have ended; node -> exit status."""
+        deadline = time.monotonic() + timeout_s
+        while self.agents:
+            for number in list(self.agents):
+                self._reap(number, os.WNOHANG)
+            if time.monotonic() > deadline:
+                output = self.outputs()
+                self.stop()
+                raise TimeoutError(f"job in {self.directory} did not end\n{output}")
+            time.sleep(0.01)
+        return self.statuses
+
+    def stop(self) -> None:
+        """Whatever is left."""
+        for number, pid in list(self.agents.items()):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            self._reap(number, 0)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Of all agents, in order of time."""
+        found = [event for path in (self.directory / "gemini").glob("agent*.jsonl") for event in read_events(str(path))]
+        return sorted(found, key=lambda event: float(event["time"]))
+
+    def named(self, event: str) -> list[dict[str, Any]]:
+        """Events of one kind."""
+        return [found for found in self.events if found["event"] == event]
+
+    @property
+    def ranks(self) -> dict[int, dict[str, Any]]:
+        """What each rank has written at the end."""
+        return {int(path.stem[4:]): json.loads(path.read_text()) for path in self.directory.glob("rank*.json")}
+
+    def step(self) -> int:
+        """The furthest step that any rank has recorded, -1 for none: see `Steps`."""
+        path = self.directory / "step"
+        return int(path.read_text() or -1) if path.exists() else -1
+
+
+def on_nodes(directory: Path, etcd: list[str], target: Callable[[], None], count: int, per_node: int, spares: int = 0, **options: Any) -> JobOnNodes:
+    """Start a job of `count` nodes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    job = JobOnNodes(directory, etcd, target, count, per_node, **options)
+    for number in range(count + spares):
+        job.start(number)
+    return job

@@ -67,7 +67,8 @@ def is_sharded(module: nn.Module) -> bool:
 
 def names_of(module: nn.Module) -> dict[int, str]:
     """id of a parameter -> its name in checkpoints."""
-    return {id(p): clean(name) if is_sharded(module) else name for name, p in module.named_parameters()}
+    sharded = is_sharded(module)
+    return {id(parameter): clean(name) if sharded else name for name, parameter in module.named_parameters()}
 
 
 def _module_state(module: nn.Module) -> dict[str, Any]:

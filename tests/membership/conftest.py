@@ -69,8 +69,10 @@ class Start:
 
 
 @pytest.fixture
-def start(job: str) -> Iterator[Start]:
-    """See `Start`."""
+def start(job: str, request: pytest.FixtureRequest) -> Iterator[Start]:
+    """See `Start`. Agents end before their servers do."""
+    for server in {"etcd", "cluster"} & {*request.fixturenames}:
+        request.getfixturevalue(server)
     started = Start(job)
     yield started
     started.end()

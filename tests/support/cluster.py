@@ -171,5 +171,5 @@ def on_nodes(directory: Path, etcd: list[str], target: Callable[[], None], count
     directory.mkdir(parents=True, exist_ok=True)
     job = JobOnNodes(directory, etcd, target, count, per_node, **options)
     for number in range(count + spares):
-        job.start(number)
+        job.start(number, spare=number >= count)
     return job

@@ -80,10 +80,10 @@ class Etcd:
         self.url = f"{'https' if certificates else 'http'}://{host}:{port}"
         peers = f"http://{host}:{port + 1}"
         assert _BINARY is not None
-        self._command = [_BINARY, "--data-dir", str(directory / "data"), "--name", name]
-        self._command += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
-        self._command += ["--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers]
-        self._command += ["--initial-cluster", members or f"{name}={peers}", *flags, *(certificates.flags() if certificates else [])]
+        self.command = [_BINARY, "--data-dir", str(directory / "data"), "--name", name]
+        self.command += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
+        self.command += ["--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers]
+        self.command += ["--initial-cluster", members or f"{name}={peers}", *flags, *(certificates.flags() if certificates else [])]
         if start:
             self.start()
             self.wait()
@@ -92,7 +92,7 @@ class Etcd:
         """With the data that is there."""
         self.directory.mkdir(exist_ok=True)
         with self._log.open("w") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+            self._process = subprocess.Popen(self.command, stdout=log, stderr=log)
 
     @property
     def _log(self) -> Path:

@@ -1,7 +1,7 @@
-"""Replicas on another node and back: seconds and CPU seconds with checksums, between processes over loopback, beside a memcpy and bare sockets.
+"""Replicas on another node and back: seconds and CPU seconds with checksums, between processes over loopback, beside bare sockets.
 
-Each end is a process of its own, as agents are. A snapshot of 512 MiB is captured (copied and hashed block by block, as a rank does), replicated to the
-other process, acknowledged, and fetched back into an arena of a third one, from one source and from two.
+Each end is a process of its own, as agents are. A snapshot of 512 MiB is captured (copied and hashed block by block, as a rank does),
+replicated to the other process, acknowledged, and fetched back into an arena of a third one, from one source and from two.
 """
 
 from __future__ import annotations
@@ -257,7 +257,8 @@ def measure(quick: bool) -> Report:
             agent.close()
     mib = size // MIB
     report.spreads(f"{mib} MiB (s)", {
-        "memcpy": memcpy, "bare sendall and recv_into": bare, "capture (copy and hash)": captured, "replicate until acknowledged": replicated,
+        "memcpy": memcpy, "bare sendall and recv_into": bare, "capture (copy and hash)": captured,
+        "replicate until acknowledged": replicated,
         "replicate, both ways at once": both, "fetch from one source": [s for s, _ in one], "fetch from two": [s for s, _ in two],
     })  # fmt: skip
     gib = size / _GIB

@@ -72,7 +72,8 @@ def __getattr__(name: str) -> Any:
 
 
 def _is_agent_or_cli() -> bool:
-    return "lightning_gemini.agent" in sys.orig_argv or os.path.basename(sys.argv[0] or "") == "lightning-gemini"
+    light = ("lightning_gemini.agent", "lightning_gemini.storage.writer")
+    return any(module in sys.orig_argv for module in light) or os.path.basename(sys.argv[0] or "") == "lightning-gemini"
 
 
 if not _is_agent_or_cli():

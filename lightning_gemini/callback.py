@@ -33,6 +33,7 @@ class GeminiCallback(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Report recoveries that have been completed since the last batch, and end where the agent asked for it."""
+        trainer.strategy.persist(trainer)  # type: ignore[attr-defined]
         if trainer.strategy.asked_to_end():  # type: ignore[attr-defined]
             compat.end_after_this_step(trainer)
         recoveries = trainer.strategy.recoveries  # type: ignore[attr-defined]

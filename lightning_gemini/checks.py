@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_gemini.placement import place
 from lightning_gemini.state.catalogue import Entry, layout
 
 
@@ -34,13 +35,17 @@ def world_of(strategy: Any) -> int:
     world: int = strategy.num_nodes * strategy.num_processes
     if world < 2:
         raise ValueError(f"devices={world} leaves nobody to recover from: set Trainer(devices=2) or more, or use strategy='auto'")
+    if strategy.num_nodes > 1:
+        place([""] * strategy.num_nodes, strategy.config.replication.copies)
     return world
 
 
-def same_world(given: int, devices: int) -> None:
-    """The agent's number of ranks and the Trainer's."""
-    if given != devices:
-        raise ValueError(f"devices={devices} differs from --nproc-per-node={given}: give both the same number")
+def same_world(strategy: Any, world: int, per_node: int) -> None:
+    """What the agent was started with, and the Trainer's numbers."""
+    if per_node != strategy.num_processes:
+        raise ValueError(f"devices={strategy.num_processes} differs from --nproc-per-node={per_node}: give both the same number")
+    if world != world_of(strategy):
+        raise ValueError(f"num_nodes={strategy.num_nodes} differs from --nnodes={world // per_node}: give both the same number")
 
 
 def writable(directory: str, key: str) -> None:

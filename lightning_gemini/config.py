@@ -119,6 +119,29 @@ class MembershipConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class PersistentConfig:
+    """Checkpoints in persistent storage: for the loss of more memory than the copies cover, and for the next job."""
+
+    url: str = ""
+    """Folder, or any URL that fsspec knows (s3://, gs://), the same from all nodes. Empty: nothing is persisted."""
+    every_n_steps: int = 1000
+    """Cadence in optimizer steps; writing goes on beside the training."""
+    keep_last: int = 2
+    """Checkpoints kept, the newest ones."""
+    keep_every_n_steps: int | None = None
+    """Besides them, the first one of every so many steps is kept for good. None: no more."""
+    resume: str = "auto"
+    """Where a job begins: auto (the newest checkpoint at the URL, if there is one), never, or a checkpoint's path."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_n_steps >= 1, "persistent.every_n_steps", self.every_n_steps, "give the cadence in steps, 1 or more")
+        _require(self.keep_last >= 1, "persistent.keep_last", self.keep_last, "give 1 or more")
+        _require(self.keep_every_n_steps is None or self.keep_every_n_steps >= 1, "persistent.keep_every_n_steps",
+                 self.keep_every_n_steps, "give a number of steps, or leave it out")  # fmt: skip
+        _require(bool(self.resume), "persistent.resume", self.resume, "choose auto, never or a checkpoint's path")
+
+
+@dataclass(slots=True, kw_only=True)
 class RendezvousConfig:
     """How ranks find each other without a TCPStore."""
 
@@ -214,6 +237,7 @@ class GeminiConfig:
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     replication: ReplicationConfig = field(default_factory=ReplicationConfig)
     membership: MembershipConfig = field(default_factory=MembershipConfig)
+    persistent: PersistentConfig = field(default_factory=PersistentConfig)
     faults: list[FaultConfig] = field(default_factory=list)
     """Faults to inject. Empty, which is the default, injects none."""
 

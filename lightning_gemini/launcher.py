@@ -9,16 +9,20 @@ Failure: started where exec would replace the wrong process (a fork of the scrip
 
 from __future__ import annotations
 
+import inspect
+import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_gemini.config import MembershipConfig
 from lightning_gemini.environment import in_agent
 from lightning_gemini.recovery.signals import Rewind
 
@@ -29,8 +33,8 @@ if TYPE_CHECKING:
 class GeminiLauncher(_Launcher):
     """See the module's docstring."""
 
-    def __init__(self, strategy: Joining, world: int) -> None:
-        self.strategy, self.world = strategy, world
+    def __init__(self, strategy: Joining) -> None:
+        self.strategy = strategy
 
     @property
     def is_interactive_compatible(self) -> bool:
@@ -45,11 +49,13 @@ class GeminiLauncher(_Launcher):
         if not in_agent():
             if trainer is not None:
                 self.strategy.check_directory(trainer)
-            become_agent(self.world)
+            become_agent(self.strategy.num_nodes, self.strategy.num_processes, self.strategy.config.membership)  # type: ignore[attr-defined]
         if trainer is None or trainer.state.fn is not TrainerFn.FITTING:
             return function(*args, **kwargs)
         strategy = self.strategy
         strategy.connect_to_agent(trainer)
+        if strategy.load_from:
+            args, kwargs = _with_checkpoint(function, args, kwargs, strategy.load_from)
         while True:
             try:
                 out = function(*args, **kwargs)
@@ -65,7 +71,16 @@ class GeminiLauncher(_Launcher):
                     raise
 
 
-def become_agent(world: int) -> NoReturn:
+def _with_checkpoint(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call of `fit` with this `ckpt_path`, whatever the user gave."""
+    call = inspect.signature(function).bind(*args, **kwargs)
+    call.arguments["ckpt_path"] = path
+    return call.args, call.kwargs
+
+
+def become_agent(nodes: int, ranks_per_node: int, membership: MembershipConfig) -> NoReturn:
     """Replace this process by an agent that runs this script."""
     if multiprocessing.parent_process() is not None:
         raise ValueError(
@@ -82,8 +97,15 @@ def become_agent(world: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os.chdir(_original_cwd())
-    agent = [sys.executable, "-m", "lightning_gemini.agent", "--nproc-per-node", str(world), "--", *command]
-    os.execv(sys.executable, agent)
+    where = ["--nnodes", str(nodes), "--nproc-per-node", str(ranks_per_node)]
+    if nodes > 1:
+        if not membership.etcd:
+            raise ValueError(
+                f"num_nodes={nodes} needs an etcd in which the nodes agree, and membership.etcd=[] names none: set it to the URLs of its "
+                "members, or start the script with lightning-gemini run --etcd (see docs/nodes.md)"
+            )
+        where += ["--etcd", ",".join(membership.etcd), "--membership", json.dumps(asdict(membership))]
+    os.execv(sys.executable, [sys.executable, "-m", "lightning_gemini.agent", *where, "--", *command])
 
 
 def _hydra() -> Any:

@@ -19,7 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_gemini import checks
 from lightning_gemini.compat import lightning as compat
 from lightning_gemini.compat.torch import ReadyOrder, impose_layout, reset_fsdp, reshard_fsdp
-from lightning_gemini.config import FaultConfig, MembershipConfig, RecoveryConfig, ReplicationConfig, SnapshotConfig, TelemetryConfig
+from lightning_gemini.config import (
+    FaultConfig,
+    MembershipConfig,
+    PersistentConfig,
+    RecoveryConfig,
+    ReplicationConfig,
+    SnapshotConfig,
+    TelemetryConfig,
+)
 from lightning_gemini.hooks.joining import Joining
 from lightning_gemini.hooks.stepping import set_trainable
 
@@ -30,7 +38,7 @@ class GeminiStrategy(Joining, DDPStrategy):
     """Lightning's DDP with recovery. Keyword arguments other than ours are DDPStrategy's and DistributedDataParallel's.
 
     Args:
-        snapshot, recovery, telemetry, replication, membership, faults: see `lightning_gemini.config`; a dataclass or a mapping each.
+        snapshot, recovery, telemetry, replication, membership, persistent, faults: see `lightning_gemini.config`; a dataclass or a mapping each.
     """
 
     strategy_name = "gemini"
@@ -43,14 +51,14 @@ class GeminiStrategy(Joining, DDPStrategy):
         telemetry: TelemetryConfig | Mapping[str, Any] | None = None,
         replication: ReplicationConfig | Mapping[str, Any] | None = None,
         membership: MembershipConfig | Mapping[str, Any] | None = None,
+        persistent: PersistentConfig | Mapping[str, Any] | None = None,
         faults: list[FaultConfig] | None = None,
         **kwargs: Any,
     ) -> None:
         checks.ddp_arguments(kwargs)
         super().__init__(**kwargs)
-        self._init_gemini(
-            snapshot=snapshot, recovery=recovery, telemetry=telemetry, replication=replication, membership=membership, faults=faults
-        )
+        self._init_gemini(snapshot=snapshot, recovery=recovery, telemetry=telemetry, replication=replication, membership=membership,
+                          persistent=persistent, faults=faults)  # fmt: skip
         self._order: ReadyOrder | None = None
         self._layout: list[int] = []
         self._wrapped: list[bool] = []
@@ -129,13 +137,13 @@ class GeminiFSDP2Strategy(Joining, ModelParallelStrategy):
         telemetry: TelemetryConfig | Mapping[str, Any] | None = None,
         replication: ReplicationConfig | Mapping[str, Any] | None = None,
         membership: MembershipConfig | Mapping[str, Any] | None = None,
+        persistent: PersistentConfig | Mapping[str, Any] | None = None,
         faults: list[FaultConfig] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._init_gemini(
-            snapshot=snapshot, recovery=recovery, telemetry=telemetry, replication=replication, membership=membership, faults=faults
-        )
+        self._init_gemini(snapshot=snapshot, recovery=recovery, telemetry=telemetry, replication=replication, membership=membership,
+                          persistent=persistent, faults=faults)  # fmt: skip
 
     def reset_after_abort(self, *, own_fault: bool, wrapper: dict[str, Any]) -> None:
         """FSDP2 resets itself."""

@@ -64,9 +64,15 @@ def test_one_device() -> None:
         pl.Trainer(accelerator="cpu", devices=1, strategy=GeminiStrategy())
 
 
-def test_several_nodes_are_not_there_yet() -> None:
-    with pytest.raises(ValueError, match="num_nodes=2"):
-        pl.Trainer(accelerator="cpu", devices=2, num_nodes=2, strategy=GeminiStrategy())
+def test_several_nodes_without_an_etcd(tmp_path: Path) -> None:
+    trainer = pl.Trainer(accelerator="cpu", devices=2, num_nodes=2, strategy=GeminiStrategy(), logger=False, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"num_nodes=2 needs an etcd .*membership.etcd="):
+        trainer.fit(Net(), loader())
+
+
+def test_more_copies_than_nodes() -> None:
+    with pytest.raises(ValueError, match=r"replication.copies=3 .*2"):
+        pl.Trainer(accelerator="cpu", devices=2, num_nodes=2, strategy=GeminiStrategy(replication={"copies": 3}))
 
 
 def test_the_callback_without_the_strategy(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from typing import Protocol
 
 from lightning_gemini.agent.crew import Crew
 from lightning_gemini.agent.member import Member
-from lightning_gemini.agent.memory import BOUNDARY, FAULT_NS, HEARTBEAT_NS, Board, NodeFiles, create_files, step_of
+from lightning_gemini.agent.memory import BOUNDARY, FAULT_NS, HEARTBEAT_NS, HOLD, Board, NodeFiles, create_files, step_of
 from lightning_gemini.agent.messages import Assign, Plan, Progress, Recover, Recovered
+from lightning_gemini.agent.persisting import Persisting
 from lightning_gemini.config import GeminiConfig
 from lightning_gemini.membership.base import Membership
 from lightning_gemini.membership.records import Completed, Generation, NodeInfo, NodeReport, Outcome
@@ -53,7 +54,10 @@ class OtherNodes(Protocol):
         """A generation has begun, or this node's memory is new."""
 
     def voted(self) -> None:
-        """Words of this node's ranks have changed."""
+        """Words of this node's ranks, or of its storage, have changed."""
+
+    def completed(self, word: int) -> None:
+        """A checkpoint is complete: all nodes shall know."""
 
     def ask_to_end(self) -> None:
         """All ranks of all nodes shall end after the same step."""
@@ -71,8 +75,8 @@ class OtherNodes(Protocol):
 class Coordinator:
     """See the module's docstring. Not thread-safe: it lives in the agent's event loop."""
 
-    def __init__(self, crew: Crew, ranks_per_node: int) -> None:
-        self.crew, self.ranks_per_node = crew, ranks_per_node
+    def __init__(self, crew: Crew, ranks_per_node: int, persisting: Persisting) -> None:
+        self.crew, self.ranks_per_node, self.persisting = crew, ranks_per_node, persisting
         self.config, self.replicated = GeminiConfig(), True
         self.membership: Membership
         self.others: OtherNodes | None = None
@@ -91,6 +95,7 @@ class Coordinator:
 
     def reopen(self) -> None:
         """Empty memory, for processes that start anew."""
+        self.persisting.reopen()
         self._close_memory()
         self._open()
         self.recovery = None
@@ -158,6 +163,34 @@ class Coordinator:
         self.others.ask_to_end()
         return True
 
+    # ---- persistent storage
+
+    def hold(self, step: int) -> None:
+        """Captures may not overwrite the snapshot of `step`; -1: any more."""
+        self.board.set(self.board.job, HOLD, step + 1)
+        self.on_voted()
+
+    def on_written(self, word: int) -> None:
+        """This node has written its part of a checkpoint."""
+        if self.others is None:
+            self.persisting.all_have_written(word)
+        else:
+            self.others.voted()
+
+    def on_complete(self, word: int) -> None:
+        """On the node at index 0: a checkpoint is complete."""
+        self.persisting.complete(word)
+        if self.others is not None:
+            self.others.completed(word)
+
+    def land_all(self, step: int) -> None:
+        """The job begins at a checkpoint, which is in the arenas."""
+        message = Plan(
+            generation=self.number, target=step, rewind=True, replaced=list(range(self.world)), donors={}, logs={}, hosts=self.hosts
+        )
+        for member in self.crew.ranks().values():
+            member.send(message)
+
     # ---- a fault
 
     def fault(self, rank: int, reason: str, at_ns: int = 0) -> str | None:
@@ -222,6 +255,8 @@ class Coordinator:
                 ranks=found,
                 replicated=self.replicated,
                 replicas=self.others.replicas() if self.others else {},
+                persisted=self.persisting.newest[0],
+                persisted_path=self.persisting.newest[1],
                 stopped_s=(recovery.stopped_ns - recovery.began_ns) / 1e9,
             )
         )
@@ -268,13 +303,21 @@ class Coordinator:
         """Get what the plan needs from other nodes, then carry it out."""
 
         def done(error: BaseException | None) -> None:
-            if error is None:
-                self.carry_out(number)
-            else:
+            if error is not None:
                 failed(error)
+            elif decided.action == "storage":
+                self.persisting.fill(decided.path, filled)
+            else:
+                self.carry_out(number)
+
+        def filled(error: str) -> None:
+            if error:
+                failed(RuntimeError(error))
+            else:
+                self.carry_out(number)
 
         if self.others is None:
-            self.carry_out(number)
+            done(None)
         else:
             self.others.fetch(decided, done)
 
@@ -287,7 +330,7 @@ class Coordinator:
         message = Plan(
             generation=number,
             target=decided.target,
-            rewind=decided.action == "rewind",
+            rewind=decided.action in ("rewind", "storage"),
             replaced=decided.replaced,
             donors=decided.donors,
             logs=decided.logs,
@@ -345,5 +388,5 @@ def decide(generation: Generation, reports: Mapping[int, NodeReport]) -> Recover
         replicated=all(report.replicated for report in reports.values()),
         ranks_per_node=len(ranks) // len(reports),
         replicas={index: report.replicas for index, report in reports.items()},
-        persisted=max(report.persisted for report in reports.values()),
+        persisted=max((report.persisted, report.persisted_path) for report in reports.values()),
     )

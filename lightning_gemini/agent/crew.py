@@ -30,6 +30,8 @@ class Crew:
         self.on_exit: Callable[[Member], object] = lambda _: None
         self.members: list[Member] = []
         self.loaders = Loaders()
+        self.private: list[int] = []
+        """More descriptors of the agent that no child may keep."""
         self.spare_failures = 0
         """Spares in a row that ended before they were ready."""
 
@@ -62,7 +64,7 @@ class Crew:
             "LIGHTNING_GEMINI_RANK": "" if rank is None else str(rank),
         }
         try:
-            child = self.spawner.spawn(environment | own, [theirs.fileno(), *files.all()], self._own_descriptors(channel))
+            child = self.spawner.spawn(environment | own, [theirs.fileno(), *files.all()], [channel.fileno(), *self.own_descriptors()])
         finally:
             theirs.close()
         member = Member(child, channel, rank, time.monotonic_ns())
@@ -70,9 +72,10 @@ class Crew:
         self.selector.register(channel, selectors.EVENT_READ, lambda: self.on_message(member))
         self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self.on_exit(member))
 
-    def _own_descriptors(self, new: Channel) -> list[int]:
+    def own_descriptors(self) -> list[int]:
+        """The agent's ends, which no child may keep: it would hide the agent's death, or a peer's."""
         alive = self.living()
-        return [new.fileno(), *self.loaders.descriptors(), *(m.channel.fileno() for m in alive), *(m.child.pidfd for m in alive)]
+        return [*self.private, *self.loaders.descriptors(), *(m.channel.fileno() for m in alive), *(m.child.pidfd for m in alive)]
 
     def forget(self, member: Member) -> None:
         """Before the descriptors are closed: epoll keeps an entry whose file a forked child still holds, and would report it under the

@@ -8,6 +8,7 @@ import os
 import sys
 from dataclasses import replace
 
+from lightning_gemini.agent import waiting
 from lightning_gemini.agent.cluster import Cluster, cluster
 from lightning_gemini.agent.job import Join, alone
 from lightning_gemini.agent.spawn import ExecSpawner
@@ -20,8 +21,9 @@ from lightning_gemini.peers.wire import require_token
 def parser() -> argparse.ArgumentParser:
     """The options of `run`."""
     made = argparse.ArgumentParser(
-        prog="lightning-gemini run", description="Run a script under the node agent, one process per rank. On several nodes: the same command on each."
-    )  # fmt: skip
+        prog="lightning-gemini run",
+        description="Run a script under the node agent, one process per rank. On several nodes: the same command on each.",
+    )
     add = made.add_argument
     add("--nproc-per-node", type=int, metavar="N", help="ranks on this node, as the Trainer's devices")
     add("--nnodes", type=int, metavar="N", help="nodes of the job, as the Trainer's num_nodes; those started beyond it are spares")
@@ -62,6 +64,19 @@ def _run(options: argparse.Namespace) -> int:
     if here.nnodes * here.ranks_per_node < 2:
         raise ValueError(f"--nproc-per-node={here.ranks_per_node}: a rank can only be recovered by others, give 2 or more")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here.ranks_per_node)))
+    if here.local_rank:
+        return waiting.wait(here.job, here.node_rank)
+    door = waiting.Door(here.job, here.node_rank) if here.job else None
+    status = 1
+    try:
+        status = _supervise(here, options, command)
+    finally:
+        if door is not None:
+            door.close(status)
+    return status
+
+
+def _supervise(here: Cluster, options: argparse.Namespace, command: list[str]) -> int:
     spawner = ExecSpawner(command)
     if here.nnodes == 1:
         status = Supervisor(spawner, here.ranks_per_node, alone).run()

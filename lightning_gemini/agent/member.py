@@ -21,6 +21,8 @@ class Member:
     in_fit: bool = False
     left: bool = False
     waiting: bool = False
+    begun: bool = False
+    """It has asked where to begin: a later `fit` of the same process is another training."""
     fresh: bool = False
     """It was given its rank in the present generation: it has nothing to stop."""
     stopped: Stopped | None = None

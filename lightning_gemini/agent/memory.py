@@ -21,6 +21,8 @@ WORDS_PER_RANK = 8
 HEARTBEAT_NS, BOUNDARY, TENSORS, FAULT_NS, FAULTS_FIRED, END_AT, GATE, REPLICATED = range(8)
 REPLICATED_AT_GATE = FAULT_NS
 """In the job's row: `REPLICATED` as it was when the last rank reached `GATE`, equal on all nodes: what all ranks may decide by."""
+HOLD = HEARTBEAT_NS
+"""In the job's row: not 0 while a snapshot in this node's memory is copied for persistent storage, and must not be overwritten."""
 
 _STEP_BITS = 40
 ALWAYS = (1 << (_STEP_BITS - 1)) - 1
@@ -92,21 +94,23 @@ def create_files(ranks: int) -> NodeFiles:
     def files(name: str) -> list[int]:
         return [os.memfd_create(f"gemini-{name}-{rank}", os.MFD_CLOEXEC) for rank in range(ranks)]
 
-    others = os.memfd_create("gemini-others", os.MFD_CLOEXEC)
-    return NodeFiles(Board.create(ranks), others, files("ledger"), files("log"), files("arena"))
+    others, description = (os.memfd_create(f"gemini-{name}", os.MFD_CLOEXEC) for name in ("others", "description"))
+    return NodeFiles(Board.create(ranks), others, description, files("ledger"), files("log"), files("arena"))
 
 
 class NodeFiles:
     """File descriptors of a node's shared memory."""
 
-    def __init__(self, board: int, others: int, ledgers: list[int], logs: list[int], arenas: list[int]) -> None:
+    def __init__(self, board: int, others: int, description: int, ledgers: list[int], logs: list[int], arenas: list[int]) -> None:
         self.board, self.ledgers, self.logs, self.arenas = board, ledgers, logs, arenas
         self.others = others
         """A log of collectives fetched from other nodes."""
+        self.description = description
+        """What rank 0 says of a step that is persisted (`storage.description`)."""
 
     def all(self) -> list[int]:
         """Every descriptor, for inheritance."""
-        return [self.board, self.others, *self.ledgers, *self.logs, *self.arenas]
+        return [self.board, self.others, self.description, *self.ledgers, *self.logs, *self.arenas]
 
     def to_text(self) -> str:
         """For an environment variable of a child that inherits the descriptors."""
@@ -115,9 +119,9 @@ class NodeFiles:
     @classmethod
     def from_text(cls, text: str) -> NodeFiles:
         """Inverse of `to_text`."""
-        board, others, *rest = map(int, text.split(","))
+        board, others, description, *rest = map(int, text.split(","))
         ranks = len(rest) // 3
-        return cls(board, others, rest[:ranks], rest[ranks : 2 * ranks], rest[2 * ranks :])
+        return cls(board, others, description, rest[:ranks], rest[ranks : 2 * ranks], rest[2 * ranks :])
 
     def close(self) -> None:
         """Close this process's descriptors."""

@@ -20,7 +20,7 @@ from typing import Protocol
 from lightning_gemini.agent.memory import BOUNDARY, END_AT, GATE, REPLICATED, REPLICATED_AT_GATE, TENSORS, Board, step_of, tag
 from lightning_gemini.agent.votes import Result, Votes, Words, parent
 
-_FRAME = struct.Struct("<QQ6Q")  # kind, generation, words, replicated at gate
+_FRAME = struct.Struct("<QQ8Q")  # kind, generation, words, replicated at gate, complete checkpoint
 _UP, _DOWN = 1, 2
 _RETRY_S = 0.1
 _JOIN_S = 10.0
@@ -89,8 +89,9 @@ class Connection:
 class Mesh:
     """See the module's docstring."""
 
-    def __init__(self, dialler: Dialler, selector: selectors.BaseSelector, on_lost: Callable[[str], None], on_end_at: Callable[[int], None]):
+    def __init__(self, dialler: Dialler, selector: selectors.BaseSelector, on_lost: Callable[[str], None], on_end_at: Callable[[int], None]) -> None:
         self._dialler, self._selector, self._on_lost, self._on_end_at = dialler, selector, on_lost, on_end_at
+        self._on_result: Callable[[Result], None] = lambda _: None
         self._board: Board | None = None
         self._votes: Votes | None = None
         self._number = -1
@@ -122,6 +123,15 @@ class Mesh:
         if self._votes is not None:
             self._votes.own(words)
 
+    def on_result(self, told: Callable[[Result], None]) -> None:
+        """Who else wants to know what all ranks have reached."""
+        self._on_result = told
+
+    def completed(self, word: int) -> None:
+        """At index 0: a checkpoint is complete."""
+        if self._votes is not None:
+            self._votes.completed(word)
+
     def accept(self, index: int, node: str, sock: socket.socket) -> None:
         """A child has connected."""
         self._add(index, node, sock)
@@ -146,18 +156,18 @@ class Mesh:
     # ---- frames
 
     def _heard(self, index: int, frame: bytes) -> None:
-        kind, number, *words, decided = _FRAME.unpack(frame)
+        kind, number, *words, decided, complete = _FRAME.unpack(frame)
         if self._votes is None or number != self._number:
             return
         if kind == _UP:
             self._votes.heard(index, Words(*words))
         elif kind == _DOWN and index == self._parent:
-            self._votes.told(Result(Words(*words), decided))
+            self._votes.told(Result(Words(*words), decided, complete))
 
     def _up(self, words: Words) -> None:
         connection = self._connections.get(-1 if self._parent is None else self._parent)
         if connection is not None:
-            connection.say(_FRAME.pack(_UP, self._number, *words, 0))
+            connection.say(_FRAME.pack(_UP, self._number, *words, 0, 0))
 
     def _down(self, result: Result) -> None:
         board, words = self._board, result.words
@@ -168,7 +178,8 @@ class Mesh:
         if words.end_at and not board.get(board.job, END_AT):
             board.set(board.job, END_AT, words.end_at)
             self._on_end_at(step_of(words.end_at))
-        frame = _FRAME.pack(_DOWN, self._number, *words, result.replicated_at_gate)
+        self._on_result(result)
+        frame = _FRAME.pack(_DOWN, self._number, *words, result.replicated_at_gate, result.complete)
         for index, connection in list(self._connections.items()):
             if index != self._parent:
                 connection.say(frame)

@@ -73,6 +73,16 @@ class Voted(Message, tag="voted"):
     """This rank's words on the board have changed; sent only where the job has more than one node."""
 
 
+class Due(Message, tag="due"):
+    """This rank has passed the boundary of a step that is to be persisted; rank 0 has described it."""
+
+    step: int
+    position: int
+    """Of this rank among its twins, which hold the same bytes on other nodes …"""
+    count: int
+    """… and their number: each tensor is written by one of them."""
+
+
 class LoaderStarted(Message, tag="loader_started"):
     """This rank has forked a loader process, which is nobody's child and the agent's to end; leader of its own process group."""
 
@@ -93,6 +103,15 @@ class Assign(Message, tag="assign"):
     generation: int
     hosts: list[str] = []
     """Of the nodes, in the order of their ranks; empty when there is one node only."""
+
+
+class Begin(Message, tag="begin"):
+    """Where a rank that has just reached `fit` begins; sent only with persistent storage."""
+
+    land: bool = False
+    """At a plan that follows: the arenas are being filled from a checkpoint."""
+    load: str = ""
+    """From the checkpoint at this path, of another world; empty: at the script's own beginning."""
 
 
 class Recover(Message, tag="recover"):
@@ -133,8 +152,8 @@ class Stop(Message, tag="stop"):
     reason: str
 
 
-FromRank = Hello | Waiting | Fault | Stopped | Progress | Voted | LoaderStarted | Left
-FromAgent = Assign | Recover | Plan | Recovered | Stop
+FromRank = Hello | Waiting | Fault | Stopped | Progress | Voted | Due | LoaderStarted | Left
+FromAgent = Begin | Assign | Recover | Plan | Recovered | Stop
 
 _encoder = msgspec.msgpack.Encoder()
 _from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)

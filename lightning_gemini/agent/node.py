@@ -9,6 +9,7 @@ once; whoever runs it may offer it again.
 
 from __future__ import annotations
 
+import selectors
 import sys
 import time
 from collections.abc import Mapping
@@ -18,18 +19,24 @@ from lightning_gemini.agent.crew import MAX_SPARE_FAILURES, Crew
 from lightning_gemini.agent.job import Job
 from lightning_gemini.agent.member import Member
 from lightning_gemini.agent.memory import END_AT
-from lightning_gemini.agent.messages import Fault
+from lightning_gemini.agent.messages import Begin, Fault
+from lightning_gemini.agent.persisting import Persisting
+from lightning_gemini.agent.spawn import Spawner
 from lightning_gemini.config import GeminiConfig
 from lightning_gemini.membership.records import Ending, Generation, NodeInfo, Outcome
 from lightning_gemini.recovery.plan import RecoveryPlan
+from lightning_gemini.storage import process as storage
+from lightning_gemini.storage.messages import Opened
 
 
 class Node:
     """See the module's docstring."""
 
-    def __init__(self, crew: Crew, ranks_per_node: int) -> None:
+    def __init__(self, crew: Crew, ranks_per_node: int, selector: selectors.BaseSelector, storage_spawner: Spawner | None = None) -> None:
         self.crew, self.ranks_per_node = crew, ranks_per_node
-        self.coordinator = Coordinator(crew, ranks_per_node)
+        self.storage_spawner = storage_spawner or storage.spawner()
+        self.persisting = Persisting(self, selector)
+        self.coordinator = Coordinator(crew, ranks_per_node, self.persisting)
         self.job: Job
         self.exit_status: int | None = None
         self.expelled = False
@@ -126,6 +133,38 @@ class Node:
         else:
             self.coordinator.fetch(number, plan, failed=lambda error: self._on_fetch_failed(number, error))
 
+    def begin_in(self, member: Member) -> None:
+        """A rank has reached `fit` and asks where to begin."""
+
+        first, member.begun = not member.begun, True
+
+        def told(opened: Opened) -> None:
+            same = (opened.world, opened.nodes) == (self.coordinator.world, len(self.coordinator.generation.roster))
+            if not opened.path or not first:
+                member.send(Begin())
+            elif not same:
+                member.send(Begin(load=opened.path))
+            else:
+                member.send(Begin(land=True))
+                self._begin_from(opened)
+
+        self.persisting.where_to_begin(told)
+
+    def _begin_from(self, opened: Opened) -> None:
+        """All ranks of this node land at a checkpoint, once it is in their arenas."""
+        if len(self.crew.ranks()) < self.ranks_per_node or any(not member.in_fit for member in self.crew.ranks().values()):
+            return
+        number = self.coordinator.number
+
+        def filled(error: str) -> None:
+            if error:
+                self.end(1, f"the checkpoint {opened.path} could not be read: {error}")
+            elif number == self.coordinator.number:
+                self.say(f"the job goes on from step {opened.step} ({opened.path})") if self.coordinator.index == 0 else None
+                self.coordinator.land_all(opened.step)
+
+        self.persisting.fill(opened.path, filled)
+
     def _on_fetch_failed(self, number: int, error: BaseException) -> None:
         if number == self.coordinator.number:
             self.say(f"state could not be fetched from other nodes: {error}")
@@ -152,6 +191,7 @@ class Node:
         self.say(f"recovered in {total:.3f} s at step {summary.step} ({phases}){again}: {summary.reason}")
         for other in self.crew.ranks().values():
             other.send(summary)
+        self.persisting.look()
         self.crew.spare_failures = 0
         self.start_spares()
 

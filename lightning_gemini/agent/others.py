@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gemini.agent.memory import ALWAYS, BOUNDARY, GATE, TENSORS, reached, step_of, tag
 from lightning_gemini.agent.mesh import Mesh
-from lightning_gemini.agent.votes import Words
+from lightning_gemini.agent.votes import Result, Words
 from lightning_gemini.placement import place
 from lightning_gemini.recovery.plan import RecoveryPlan
 from lightning_gemini.replication.exchange import Exchange
@@ -70,6 +70,7 @@ class Others:
         own = coordinator.own_ranks()
         self.exchange.hold({rank: files.arenas[coordinator.place(rank)] for rank in own})
         self.exchange.hold_logs({rank: files.logs[coordinator.place(rank)] for rank in own})
+        self.mesh.on_result(self._told)
         self._place(index)
         self.mesh.open(coordinator.number, index, self._nodes, coordinator.board)
 
@@ -111,13 +112,31 @@ class Others:
     def _vote(self) -> None:
         board, number = self._coordinator.board, self._coordinator.number
         self.mesh.own(
-            Words(board.least(BOUNDARY), board.least(TENSORS), board.least(GATE), tag(number, self._replicated()), self._ending)
+            Words(
+                boundary=board.least(BOUNDARY),
+                tensors=board.least(TENSORS),
+                gate=board.least(GATE),
+                replicated=tag(number, self._replicated()),
+                written=self._coordinator.persisting.written,
+                end_at=self._ending,
+            )
         )
 
     def _replicated(self) -> int:
         """The newest step of which all ranks of this node are kept by all their peers; -1 for none."""
         steps = [self._kept.get((rank, self._nodes[index]), -1) for rank in self._coordinator.own_ranks() for index in self._targets]
-        return min(steps, default=ALWAYS)
+        held = self._coordinator.persisting.held  # while it is being copied, the next capture must not overwrite it
+        return min(steps, default=ALWAYS) if held < 0 else min(*steps, held - 1)
+
+    def completed(self, word: int) -> None:
+        """See `OtherNodes`."""
+        self.mesh.completed(word)
+
+    def _told(self, result: Result) -> None:
+        persisting = self._coordinator.persisting
+        persisting.complete(result.complete)
+        if self._coordinator.index == 0 and reached(result.words.written, self._coordinator.number, 0):
+            persisting.all_have_written(result.words.written)
 
     def on_replicated(self, rank: int, step: int, index: int) -> None:
         """See `replication.events.Observer`."""

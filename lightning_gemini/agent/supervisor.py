@@ -23,6 +23,7 @@ from lightning_gemini.agent.job import Join, alone
 from lightning_gemini.agent.member import Member
 from lightning_gemini.agent.memory import BOUNDARY, HEARTBEAT_NS, step_of
 from lightning_gemini.agent.messages import (
+    Due,
     Fault,
     FromRank,
     Hello,
@@ -48,12 +49,12 @@ _STOPPED_AFTER_S = 1.0
 class Supervisor:
     """One node's agent, of `ranks_per_node` ranks. `join` says how it becomes a member; by default it is the only node."""
 
-    def __init__(self, spawner: Spawner, ranks_per_node: int, join: Join = alone) -> None:
+    def __init__(self, spawner: Spawner, ranks_per_node: int, join: Join = alone, storage: Spawner | None = None) -> None:
         self.ranks_per_node = ranks_per_node
         self.selector = selectors.DefaultSelector()
         self.crew = Crew(spawner, self.selector)
         self.crew.on_message, self.crew.on_exit = self._on_message, self._on_exit
-        self.node = Node(self.crew, ranks_per_node)
+        self.node = Node(self.crew, ranks_per_node, self.selector, storage)
         self._terminating: signal.Signals | None = None
         self._terminating_since: float | None = None
         self.signals = Signals(self._terminate)
@@ -80,6 +81,7 @@ class Supervisor:
 
     def _close(self) -> None:
         self.crew.end_all()
+        self.node.persisting.close()
         coordinator = self.node.coordinator
         if hasattr(coordinator, "membership"):
             coordinator.membership.close()
@@ -107,6 +109,7 @@ class Supervisor:
             self.node.end(128 + (self._terminating or signal.SIGTERM), f"the ranks did not end within {_GRACE_S:g} s of the signal")
         for rank, member in self.crew.ranks().items():
             self._look_at(rank, member, now)
+        self.node.persisting.tick()
         recovery = self.node.coordinator.recovery
         if now > self.node.deadline and recovery is not None and not recovery.stopped_ns:
             self._on_deadline()
@@ -145,7 +148,7 @@ class Supervisor:
         elif code == 0 and (member.left or not member.in_fit):
             member.left = True
             if len(self.crew.done()) == self.ranks_per_node:
-                self.node.coordinator.membership.finished()
+                self.node.persisting.finish(self.node.coordinator.membership.finished)
             else:
                 self._on_last_after_signal()
         elif self._terminating_since is not None:
@@ -197,6 +200,10 @@ class Supervisor:
         match message:
             case Voted():
                 self.node.coordinator.on_voted()
+                self.node.persisting.look()
+            case Due():
+                assert member.rank is not None
+                self.node.persisting.due(member.rank, message.step, message.position, message.count)
             case Hello():
                 self._on_hello(member, message)
             case Waiting():
@@ -224,14 +231,19 @@ class Supervisor:
                          "call fit in the script's main process")  # fmt: skip
             return
         member.in_fit, member.left = member.rank is not None, False
-        if self.node.configured:
-            return
+        if not self.node.configured:
+            self._configure(message)
+        if self.node.persisting.on and member.rank is not None:
+            self.node.begin_in(member)
+
+    def _configure(self, message: Hello) -> None:
         self.node.configured = True
         coordinator = self.node.coordinator
         coordinator.replicated = bool(message.config.pop("replicated", True))
         coordinator.config = parse(GeminiConfig, message.config)
         coordinator.events = EventLog(message.directory, self.node.job.log_name, self.node.job.name)
         self.node.coordinator.emit("start", world=coordinator.world, spares=self.node.config.recovery.spares)
+        self.node.persisting.configure(coordinator.config.persistent)
         self.node.start_spares()
 
     def _on_fault(self, member: Member, message: Fault) -> None:

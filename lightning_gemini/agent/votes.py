@@ -25,6 +25,8 @@ class Words(NamedTuple):
     tensors: int = 0
     gate: int = 0
     replicated: int = 0
+    written: int = 0
+    """Of persistent storage: a node's part of the checkpoint of a step."""
     end_at: int = 0
     """Not a minimum. Upwards: 1 asks for the end of the job. Downwards: the step after which all ranks end, 0 for none."""
 
@@ -34,6 +36,8 @@ class Result(NamedTuple):
 
     words: Words = Words()
     replicated_at_gate: int = 0
+    complete: int = 0
+    """Not a minimum: the newest complete checkpoint."""
 
 
 def parent(index: int) -> int | None:
@@ -79,6 +83,10 @@ class Votes:
         self.result = result
         self._down(result)
 
+    def completed(self, word: int) -> None:
+        """At the root: a checkpoint is complete."""
+        self.told(self.result._replace(complete=word))
+
     def repeat(self) -> None:
         """A connection was made anew: whoever is there must hear it all."""
         if not self._root:
@@ -100,4 +108,4 @@ class Votes:
         before = self.result
         replicated = least.replicated if least.gate > before.words.gate else before.replicated_at_gate
         end_at = before.words.end_at or (self._end_after(least.boundary) if least.end_at else 0)
-        self.told(Result(least._replace(end_at=end_at), replicated))
+        self.told(Result(least._replace(end_at=end_at), replicated, before.complete))

@@ -48,6 +48,9 @@ class GeminiBase:
         self.config = parse(GeminiConfig, {key: value for key, value in groups.items() if value is not None})
         self.cluster_environment = GeminiEnvironment()
         self.loader_positions = []
+        self.load_from = ""
+        """The checkpoint of a job of another size that this one goes on from."""
+        self._persisted = -1
         self.engine: Engine | None = None
         self.landing: Landing | None = None
         self.events: EventLog | None = None

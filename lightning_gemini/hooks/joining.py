@@ -21,7 +21,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 
 from lightning_gemini import checks, faults
-from lightning_gemini.agent.messages import Fault, Hello, Left, LoaderStarted, Recovered, Waiting
+from lightning_gemini.agent.messages import Due, Fault, Hello, Left, LoaderStarted, Recovered, Waiting
 from lightning_gemini.compat import lightning as compat
 from lightning_gemini.compat import loggers
 from lightning_gemini.compat.torch import keep_groups_swappable
@@ -35,24 +35,28 @@ from lightning_gemini.mapped.trainer import close_all, set_up_ahead
 from lightning_gemini.peers.roster import Roster
 from lightning_gemini.recovery.engine import Engine
 from lightning_gemini.recovery.landing import Landing
-from lightning_gemini.recovery.memory import Memory, expected_size
+from lightning_gemini.recovery.memory import Memory, expected_size, node_need
 from lightning_gemini.rendezvous import group
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode, World
 from lightning_gemini.snapshot.slots import CorruptSnapshot, SlotFile
 from lightning_gemini.state.catalogue import size_of
 from lightning_gemini.state.local import LocalState
+from lightning_gemini.storage import description, meta, resume
 from lightning_gemini.telemetry import banner
 from lightning_gemini.telemetry.events import EventLog
 
 _WAIT_FOR_END_S = 30.0
+_WAIT_FOR_STORAGE_S = 600.0
+"""It may be far away, and its process imports torch first."""
 
 
 class Joining(Stepping):
     """See the module's docstring."""
 
     def _configure_launcher(self) -> None:
-        self._launcher = GeminiLauncher(self, checks.world_of(self))
+        checks.world_of(self)
+        self._launcher = GeminiLauncher(self)
 
     def connect_to_agent(self, trainer: pl.Trainer) -> None:
         """First thing in `fit`: tell the agent that this process is there."""
@@ -64,12 +68,19 @@ class Joining(Stepping):
         link.on_recover, link.on_recovered = self._on_recover, self._on_recovered
         self._loggers = trainer.loggers
         try:
-            checks.same_world(link.world, checks.world_of(self))
+            checks.same_world(self, link.world, link.per_node)
             self._directory = self.check_directory(trainer)
         except ValueError as error:
             self.give_up(error)
             raise
         link.send(Hello(pid=os.getpid(), config=asdict(self.config) | {"replicated": self.replicated}, directory=self._directory))
+        link.voting |= bool(self.config.persistent.url)
+        if self.config.persistent.url and link.rank is not None:
+            link.wait(lambda: link.begin is not None, _WAIT_FOR_STORAGE_S, "persistent storage")
+            begin, link.begin = link.begin, None
+            assert begin is not None
+            self.landing = Landing(link) if begin.land else None
+            self.load_from = begin.load
 
     def check_directory(self, trainer: pl.Trainer) -> str:
         """The folder of the event files; also asked before the first process is started."""
@@ -127,7 +138,7 @@ class Joining(Stepping):
         place = link.place(0 if link.is_here(0) else link.rank)
         for data in self._blobs(place) or self.landing.fetched(place):
             with contextlib.suppress(CorruptSnapshot):  # its owner may be alive, and write another
-                loggers.continue_versions(self._loggers, LocalState.logger_versions(data()))
+                loggers.continue_versions(self._loggers, LocalState.logger_versions(data(), foreign=bool(link.hosts)))
                 return
 
     def _blobs(self, place: int) -> list[Callable[[], bytes]]:
@@ -175,11 +186,11 @@ class Joining(Stepping):
             memory.allocate(need, gradients)
         else:
             self.landing.room = need, gradients
-        self.engine = Engine(self.world, self.link, self.config, memory, LocalState(trainer, self.engine and self.engine.local), self)  # type: ignore[arg-type]
+        self.engine = Engine(self.world, self.link, self.config, memory, LocalState(trainer, self.engine and self.engine.local, foreign=layout.nodes > 1), self)  # type: ignore[arg-type]
         self.world.log = memory.log
         self.world.stand_still = self.engine.stand_still
         if self.landing is None and self.config.telemetry.banner and self.world.rank == 0:
-            banner.show(self.config, self.world.size, need, self.replicated)
+            banner.show(self.config, layout, node_need(layout, need, memory.owned()), self.replicated)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """As Lightning's; the one before the loops start is where a replaced rank finds its place."""
@@ -202,6 +213,24 @@ class Joining(Stepping):
         default = dist.group.WORLD
         assert isinstance(default, group.SwappableGroup)
         default.inner("cuda" if self.root_device.type == "cuda" else "cpu")  # type: ignore[attr-defined]
+
+    def load_checkpoint(self, checkpoint_path: Any, **kwargs: Any) -> dict[str, Any]:
+        """As Lightning's, which also reads what `persistent` has written for a job of another size."""
+        if self.load_from and str(checkpoint_path) == self.load_from:
+            return resume.load(self.lightning_module.trainer, self.load_from, **kwargs)  # type: ignore[attr-defined]
+        return super().load_checkpoint(checkpoint_path, **kwargs)  # type: ignore[misc, no-any-return]
+
+    def persist(self, trainer: pl.Trainer) -> None:
+        """After a step: have it persisted if it is due."""
+        engine = self.engine
+        if engine is None or not engine.persist_due() or self._persisted == engine.step:
+            return
+        self._persisted = engine.step
+        described = meta.describe(trainer)
+        if trainer.global_rank == 0:
+            description.publish(SlotFile(self.link.files.description), engine.step, described)
+        twins = engine.memory.owned().twins
+        self.link.send(Due(step=engine.step, position=twins.index(self.world.rank), count=len(twins)))
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Training loaders know their position; a replaced rank's begin at its predecessor's. (`mapped.trainer` may have wrapped it.)"""

@@ -5,7 +5,10 @@ renew its registration, or finds itself replaced, is *expelled*: it ends its ran
 
 A generation: `on_generation` -> every agent of its roster calls `report` when its ranks stand still -> `on_plan`, the same on all ->
 `completed` when all its ranks have made a step -> `on_recovered`. Generation 0 forms the job: it has neither reports nor a plan. A further
-fault in any state begins the next generation; what was reported or planned for an older one counts no more.
+fault in any state begins the next generation; what was reported or planned for an older one counts no more. Spares hear of all this too.
+
+A place for which there is no node is vacant, and the job waits. Filling it keeps the number: there was no plan, and who has reported need
+not do it again. Of several generations that follow each other quickly, only the newest may be heard of.
 
 All methods return at once and are called in the agent's own thread; callbacks come from `poll`, which the agent calls when `fileno` is
 readable. Failures are callbacks too: no method raises after `join`.

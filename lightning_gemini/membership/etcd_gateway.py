@@ -16,6 +16,7 @@ import json
 import os
 import socket
 import threading
+import traceback
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -185,11 +186,14 @@ def _client(access: Access, url: str) -> Any:
 
 
 def _brief(error: BaseException) -> str:
-    """What etcd has said, or what lies at the bottom of an error of requests."""
+    """What etcd has said, or what lies at the bottom of an error of requests. Its frames are emptied: they hold each other, and with them a
+    socket, until Python's collector comes by."""
+    traceback.clear_frames(error.__traceback__)
     try:
         said = json.loads(getattr(error, "detail_text", None) or "")
         return str(said.get("message") or said.get("error"))
     except ValueError:
         while error.__context__ is not None:
             error = error.__context__
+            traceback.clear_frames(error.__traceback__)
         return str(error) or repr(error)

@@ -11,7 +11,7 @@ _PAUSE_S = 0.02
 
 
 def refuses(host: str, port: int) -> bool:
-    """Whether the machine is there and nobody listens at the port. Takes about half a second for an agent that lives, or a machine that is gone.
+    """Whether the machine is there and nobody listens at the port. Half a second for an agent that lives, or a machine that is gone.
 
     A process that dies closes its connections and its listening socket one after the other. So being connected proves nothing until the
     other side keeps it, and one that was closed is tried again.

@@ -61,6 +61,8 @@ class NodeReport(msgspec.Struct, kw_only=True):
     """Rank of another node -> steps of which this node keeps a verified replica -> key of the twins (see `snapshot.manifest`)."""
     persisted: int = -1
     """Newest step that this node knows to be complete in persistent storage."""
+    persisted_path: str = ""
+    """Of that checkpoint."""
     stopped_s: float = 0.0
     """From the moment this node saw the generation until its ranks stood still."""
 

@@ -125,13 +125,14 @@ class Engine:
         return step % self.config.snapshot.every_n_steps == 0
 
     def _may_capture(self) -> bool:
-        """Several nodes: the newest snapshot must be replicated before the one before it is overwritten, or nothing might be left that all
+        """Whether the next boundary's tensors may overwrite the snapshot before the newest one. Not while that is being persisted. And on
+        several nodes the newest snapshot must be replicated before the one before it is overwritten, or nothing might be left that all
         nodes can go back to. A slow network thus costs snapshots (or, with `replication.when_behind: wait`, time)."""
         generation, timeout_s = self.world.generation, self.config.recovery.collective_timeout_s
-        if self.link.board.alone:
+        if self.link.board.alone and not self.config.persistent.url:
             return True
         self.memory.wait_all(GATE, generation, self.step, timeout_s)
-        if self.config.replication.when_behind == "wait":
+        if not self.link.board.alone and self.config.replication.when_behind == "wait":
             self.memory.wait_all(REPLICATED, generation, self.memory.captured, timeout_s)
             return True
         return self.memory.may_capture(generation)
@@ -231,6 +232,11 @@ class Engine:
         self._last_blob = self.memory.ledger.read(slot) if slot else b""
         self.in_step = self.wrote = False
         self.resumed_generation = -1
+
+    def persist_due(self) -> bool:
+        """Whether the present boundary is one that goes to persistent storage, and its tensors are in memory or on their way there."""
+        config = self.config.persistent
+        return bool(config.url) and self.step > 0 and self.step % config.every_n_steps == 0 and self.memory.capturing == self.step
 
     # ---- recovery
 

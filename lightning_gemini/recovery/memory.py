@@ -14,19 +14,19 @@ import concurrent.futures
 import time
 from collections.abc import Callable
 
-import psutil
 import torch
 
-from lightning_gemini.agent.memory import BOUNDARY, GATE, REPLICATED_AT_GATE, TENSORS, reached, tag
+from lightning_gemini.agent.memory import ALWAYS, BOUNDARY, GATE, HOLD, REPLICATED, REPLICATED_AT_GATE, TENSORS, reached, tag
 from lightning_gemini.config import SnapshotConfig
+from lightning_gemini.memory_size import available_memory
 from lightning_gemini.peers.errors import StaleGeneration
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.snapshot import arena, blocks
 from lightning_gemini.snapshot.collective_log import CollectiveLog
 from lightning_gemini.snapshot.cuda import SideStream, pin
-from lightning_gemini.snapshot.slots import CorruptSnapshot, Slot, SlotFile
 from lightning_gemini.snapshot.manifest import Segment, manifest_of
-from lightning_gemini.state.catalogue import Entry, copy_in, holders_of, target_of, wanted
+from lightning_gemini.snapshot.slots import CorruptSnapshot, Slot, SlotFile
+from lightning_gemini.state.catalogue import Entry, copy_in, holders_of, parameters_of, target_of, wanted
 from lightning_gemini.state.ownership import Layout, Owned, owned
 
 _MIB = 1 << 20
@@ -60,6 +60,7 @@ class Memory:
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="lightning-gemini-drain")
         self._versions: list[int] = []
         self._draining: concurrent.futures.Future[None] | None = None
+        self._draining_step = -1
         self._device = next((entry.tensor.device for entry in entries()), torch.device("cpu"))
         self._side = SideStream(self._device)
 
@@ -88,6 +89,11 @@ class Memory:
                 "use fewer ranks per node, a smaller model, or a node with more memory"
             )
 
+    @property
+    def capturing(self) -> int:
+        """Step of the newest snapshot, also where it is still being copied."""
+        return self.captured if self._draining is None else self._draining_step
+
     def close(self) -> None:
         """Wait for the copy under way, end the thread."""
         self._worker.shutdown(wait=True)
@@ -104,15 +110,18 @@ class Memory:
 
     def at_gate(self, generation: int, step: int) -> None:
         """This rank is about to write step `step`."""
-        self.link.board.set(self.place, GATE, tag(generation, step))
+        board = self.link.board
+        if board.alone:  # on several nodes the agent says it, and the root of the votes decides
+            board.set(self.place, REPLICATED, tag(generation, self.captured - 1 if board.get(board.job, HOLD) else ALWAYS))
+        board.set(self.place, GATE, tag(generation, step))
         self.link.voted()
 
     def may_capture(self, generation: int) -> bool:
         """Whether the next capture leaves a snapshot that every node can restore: the present newest one must be replicated. All ranks get the
         same answer, once all have reached the gate (see `agent.votes`)."""
-        if self.link.board.alone or self.captured < 0:
-            return True
-        return reached(self.link.board.get(self.link.board.job, REPLICATED_AT_GATE), generation, self.captured)
+        board = self.link.board
+        word = board.least(REPLICATED) if board.alone else board.get(board.job, REPLICATED_AT_GATE)
+        return self.captured < 0 or reached(word, generation, self.captured)
 
     def commit_local(self, data: bytes, step: int, kind: int) -> None:
         """Write the rank-local state."""
@@ -163,7 +172,7 @@ class Memory:
             self.link.board.set(self.place, TENSORS, tag(generation, step))
             self.link.voted()
 
-        self._draining = self._worker.submit(work)
+        self._draining, self._draining_step = self._worker.submit(work), step
 
     def settle(self) -> bool:
         """Wait for the background copy; False when it was torn by a writer outside the optimizer. Raises `TimeoutError`."""
@@ -249,6 +258,8 @@ class Memory:
             for place, slot in found.items():
                 arena.restore(files[place], slot, put, wanted=lambda part: wanted(part, entries, self._optimizers(), self._label))
             self._forget_younger_state(restored)
+            if restored - entries.keys():
+                self._order_state()
         finally:
             for file in files.values():
                 file.close()
@@ -274,6 +285,13 @@ class Memory:
             if not any(name.startswith(f"optim/{number}/") for name in restored):
                 optimizer.state.clear()
 
+    def _order_state(self) -> None:
+        """State that was just made, in the order of the arenas' bytes, comes in that of the parameters, as an optimizer's first step makes it."""
+        for optimizer in self._optimizers():
+            ordered = {parameter: optimizer.state[parameter] for parameter in parameters_of(optimizer) if parameter in optimizer.state}
+            optimizer.state.clear()
+            optimizer.state.update(ordered)
+
     def local_in_arena(self, step: int) -> bytes:
         """The rank-local state stored beside the tensors of `step`."""
         slot = self.arena.find(step)
@@ -293,17 +311,6 @@ class Memory:
         finally:
             file.close()
             ledger.close()
-
-
-def available_memory() -> int:
-    """Bytes that can still be taken: the machine's, or the container's limit where that is lower."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = open("/sys/fs/cgroup/memory.max").read().strip()  # noqa: SIM115
-        used = int(open("/sys/fs/cgroup/memory.current").read())  # noqa: SIM115
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, int(limit) - used)
 
 
 def expected_size(owned: Owned, entries: list[Entry], optimizers: list[torch.optim.Optimizer], chunk: int) -> int:

@@ -75,6 +75,8 @@ class RecoveryPlan:
     repeated_steps: int = 0
     replaced: list[int] = field(default_factory=list)
     """Ranks that land: their processes are new, or re-enter `fit`."""
+    path: str = ""
+    """storage: the checkpoint."""
     fetch: dict[int, Fetch] = field(default_factory=dict)
     """Rank whose snapshot at `target` its node must fetch from other nodes first."""
 
@@ -88,7 +90,7 @@ class Inventory:
     """Every live rank holds a copy of all tensors (DDP); False when each shard has one holder (FSDP2)."""
     ranks_per_node: int
     replicas: Replicas
-    persisted: int
+    persisted: tuple[int, str]
 
     def node(self, rank: int) -> int:
         """Index of a rank's node."""
@@ -119,7 +121,7 @@ def plan(
     replicated: bool,
     ranks_per_node: int = 0,
     replicas: Replicas | None = None,
-    persisted: int = -1,
+    persisted: tuple[int, str] = (-1, ""),
 ) -> RecoveryPlan:
     """Decide a recovery.
 
@@ -127,7 +129,7 @@ def plan(
         ranks: inventory of every rank of the world, dead ones included.
         ranks_per_node: 0 for all on one node.
         replicas: what nodes keep of each other.
-        persisted: newest step in persistent storage, -1 if none.
+        persisted: step (-1 if there is none) and path of the newest checkpoint in persistent storage.
     """
     if not ranks:
         raise ValueError("ranks={} is not valid: give the inventory of every rank of the world")
@@ -204,6 +206,9 @@ def _rewind(job: Inventory, target: int, newest: int, why: str) -> RecoveryPlan:
 
 
 def _from_storage(job: Inventory, newest: int, why: str) -> RecoveryPlan:
-    if newest > 0 and job.persisted >= 0:
-        return RecoveryPlan(action="storage", target=job.persisted, reason=why, repeated_steps=newest - job.persisted)
+    step, path = job.persisted
+    if newest > 0 and step >= 0:
+        return RecoveryPlan(
+            action="storage", target=step, reason=why, repeated_steps=newest - step, replaced=_dead(job.ranks), path=path
+        )
     return RecoveryPlan(action="restart", target=-1, reason=why, repeated_steps=max(newest, 0))

@@ -21,6 +21,7 @@ from lightning_gemini.agent.channel import Channel
 from lightning_gemini.agent.memory import HEARTBEAT_NS, Board, NodeFiles
 from lightning_gemini.agent.messages import (
     Assign,
+    Begin,
     FromAgent,
     FromRank,
     Plan,
@@ -51,9 +52,12 @@ class Link:
         """Newest generation the agent has announced."""
         self.files = NodeFiles.from_text(os.environ["LIGHTNING_GEMINI_FILES"])
         self.board = Board(self.files.board, self.per_node, alone=self.per_node == self.world)
+        self.voting = not self.board.alone
+        """Whether the agent wants to hear of each change."""
         self.hosts: list[str] = [host for host in os.environ["LIGHTNING_GEMINI_HOSTS"].split(",") if host]
         """Of the nodes, in the order of their ranks; empty when there is one node only."""
         self.plan: Plan | None = None
+        self.begin: Begin | None = None
         self.on_recover: Callable[[], None] = lambda: None
         self.on_recovered: Callable[[Recovered], None] = lambda _: None
         self._channel = Channel(socket.socket(fileno=int(os.environ["LIGHTNING_GEMINI_CHANNEL"])))
@@ -87,8 +91,8 @@ class Link:
         self._channel.send(encode(message))
 
     def voted(self) -> None:
-        """This rank's words on the board have changed: other nodes must hear of it."""
-        if not self.board.alone:
+        """This rank's words on the board have changed: other nodes, or the storage process, wait for it."""
+        if self.voting:
             self.send(Voted())
 
     def wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
@@ -131,6 +135,8 @@ class Link:
                 case Assign():
                     self.announced = max(self.announced, message.generation)
                     self.rank, self.hosts = message.rank, message.hosts
+                case Begin():
+                    self.begin = message
                 case Plan():
                     self.plan, self.hosts = message, message.hosts
                 case Stop():

@@ -21,25 +21,21 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import msgspec
-
-from lightning_gemini.membership.records import VERSION
 from lightning_gemini.peers import wire
-from lightning_gemini.peers.errors import RendezvousError, StaleGeneration
+from lightning_gemini.peers.errors import StaleGeneration, Unreachable
 from lightning_gemini.peers.roster import is_loopback
 from lightning_gemini.replication import messages
 from lightning_gemini.replication.acknowledged import Acknowledged
+from lightning_gemini.replication.answers import Answers
 from lightning_gemini.replication.arenas import Held
 from lightning_gemini.replication.dial import HANDSHAKE_S, dial
 from lightning_gemini.replication.door import Door
 from lightning_gemini.replication.events import Events, Observer
 from lightning_gemini.replication.fence import Fence, Members, Peer
 from lightning_gemini.replication.fetching import Fetch
-from lightning_gemini.replication.receiving import Receiver
 from lightning_gemini.replication.refill import Want
 from lightning_gemini.replication.results import Found, fetch_results
 from lightning_gemini.replication.sending import Sender
-from lightning_gemini.replication.serving import serve
 from lightning_gemini.replication.shelf import Shelf
 from lightning_gemini.replication.sources import Local, Remote, Source
 from lightning_gemini.replication.store import Store
@@ -79,7 +75,8 @@ class Exchange:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         server = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
         self.port: int = server.getsockname()[1]
-        self._door = Door(server, token, self._admit, self._hand, self._events.news)
+        answers = Answers(job, node, self._fence, self._events, self._threads, self._held, self._store, self._shelf)
+        self._door = Door(server, token, answers.admit, answers.hand, self._events.news)
 
     # ---- membership
 
@@ -195,6 +192,8 @@ class Exchange:
     # ---- connections that this node makes
 
     def _dial(self, members: Members, index: int, purpose: str, limit_s: float = HANDSHAKE_S) -> socket.socket:
+        if index not in members.peers:
+            raise Unreachable(f"no node has index {index} in generation {members.generation}")
         peer = members.peers[index]
         words = messages.Hello(job=self._job, generation=members.generation, node=self._node, to=peer.node, purpose=purpose)
         return dial(peer, words, self._token, self._fence, limit_s)
@@ -235,51 +234,6 @@ class Exchange:
         for fetch in self._fetches:
             fetch.cancel(error)
         self._fetches = []
-
-    # ---- connections that others make; in the door's thread, then in one of their own
-
-    def _admit(self, words: messages.Hello) -> wire.Refusal | bool:
-        members = self._fence.members
-        if words.version != VERSION:
-            text = f"this is version {VERSION} of the protocol, not {words.version}: use one version of lightning_gemini"
-            return wire.Refusal("wrong", text)
-        if (words.job, words.to) != (self._job, self._node):
-            return wire.Refusal("wrong", f"this is node {self._node!r} of job {self._job!r}")
-        if words.generation < members.generation:
-            return wire.Refusal("stale", f"generation {words.generation} is over, {members.generation} has begun")
-        return words.generation == members.generation and members.index_of(words.node) is not None  # else it will be told to us
-
-    def _hand(self, sock: socket.socket, words: messages.Hello) -> None:
-        if words.purpose == messages.CONTROL:
-            prepare(sock)
-            self._events.put(functools.partial(self._control, sock, words), sock)
-        else:
-            self._threads.start(f"{words.purpose}-of-{words.node}", functools.partial(self._answer, sock, words))
-
-    def _control(self, sock: socket.socket, words: messages.Hello, observer: Observer) -> None:
-        members = self._fence.members
-        index = members.index_of(words.node)
-        if index is None or words.generation != members.generation:
-            sock.close()
-        else:
-            observer.on_control(index, words.node, sock)
-
-    def _answer(self, sock: socket.socket, words: messages.Hello) -> None:
-        lane = TcpLane(sock)
-        try:
-            self._fence.admit(lane, words.generation)
-            if words.purpose == messages.PUSH:
-                Receiver(lane, self._store, functools.partial(self._fence.current, words.generation)).run()
-            elif words.purpose == messages.PULL:
-                serve(lane, self._shelf, self._held)
-        except ConnectionResetError:
-            pass  # the other end has closed it: it has all it wanted, or will connect again
-        except (OSError, RendezvousError, msgspec.DecodeError) as error:
-            if words.generation == self._fence.members.generation:
-                self._events.news(f"the connection of {words.node} ({words.purpose}) has ended: {error}")
-        finally:
-            self._fence.leave(lane)
-            lane.close()
 
 
 class _Reports:

@@ -40,17 +40,21 @@ class Shelf:
     def __init__(self, held: Held, store: Store) -> None:
         self._held, self._store = held, store
 
-    def look(self, rank: int, step: int) -> Copy:
-        """The snapshot of `rank` at `step`."""
-        arena = self._held.arena(rank)
-        slot = arena.find(step) if arena is not None else None
-        found = (arena, slot) if arena is not None and slot is not None else self._store.find(rank, step)
+    def look(self, rank: int, step: int, *, replica_first: bool = False) -> Copy:
+        """The snapshot of `rank` at `step`, in its arena or else a replica of it."""
+        places = [self._in_arena, self._store.find]
+        found = next((found for look in (places[::-1] if replica_first else places) if (found := look(rank, step)) is not None), None)
         if found is None:
             raise LookupError(f"rank {rank} has no snapshot of step {step} here")
         trailer = blocks.trailer_of(*found)
         with found[0].payload(found[1].place) as view, view[: found[1].length] as payload:
             manifest, begin = read_manifest(payload, trailer)
         return Copy(*found, trailer, begin + sum(segment.length for segment in manifest.segments), manifest.key)
+
+    def _in_arena(self, rank: int, step: int) -> tuple[SlotFile, Slot] | None:
+        arena = self._held.arena(rank)
+        slot = arena.find(step) if arena is not None else None
+        return None if arena is None or slot is None else (arena, slot)
 
 
 def read_manifest(payload: memoryview, trailer: blocks.Trailer) -> tuple[Manifest, int]:

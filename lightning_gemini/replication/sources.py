@@ -109,7 +109,7 @@ class Local:
     def describe(self, rank: int, step: int) -> Found:
         """See `Source`."""
         try:
-            copy = self._shelf.look(rank, step)
+            copy = self._shelf.look(rank, step, replica_first=True)  # an arena of that rank here is the one to be refilled
         except CorruptSnapshot as error:
             raise LookupError(str(error)) from None
         key = next(self._keys)
@@ -137,6 +137,7 @@ def _checked(found: Found) -> Found:
     trailer = found.trailer
     if trailer.chunk <= 0 or not trailer.travel <= found.whole:
         raise ValueError("what it says of the snapshot contradicts itself")
-    if len(trailer.digests) not in (len(trailer.prefix().digests), len(trailer.blocks(found.whole))):
+    travelling, shared = -(-trailer.travel // trailer.chunk), -(-(found.whole - trailer.travel) // trailer.chunk)
+    if len(trailer.digests) not in (travelling, travelling + shared):
         raise ValueError("it has another number of checksums than of blocks")
     return found

@@ -157,6 +157,4 @@ def _copy_newest(old: SlotFile, new: SlotFile) -> None:
 
 
 def _free(file: SlotFile) -> None:
-    os.close(file.fd)
-    with contextlib.suppress(BufferError):  # a reader still has a view: the memory goes with it
-        file.close()
+    os.close(file.fd)  # not unmapped here: a thread may be reading it, and the memory goes with its last reader

@@ -21,7 +21,6 @@ from lightning_gemini.state.ownership import Owned
 from lightning_gemini.state.raw import as_bytes
 
 
-
 class Torn(RuntimeError):
     """A tensor was written while it was copied."""
 

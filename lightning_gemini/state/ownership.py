@@ -54,6 +54,8 @@ class Owned:
     """How many of the first parts travel."""
     key: str = ""
     """Equal for ranks whose other parts are the same."""
+    twins: tuple[int, ...] = ()
+    """Those ranks, this one among them."""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -69,12 +71,13 @@ def owned(entries: list[Entry], layout: Layout) -> Owned:
         if len(twins[entry.holders]) >= layout.copies:
             sizes[twins[entry.holders]] += bytes_of(entry)
     chosen = max(sizes, key=lambda ranks: (sizes[ranks], ranks)) if sizes and layout.nodes > 1 else None
-    travelling, staying = [], []
+    travelling: list[tuple[Segment, torch.Tensor]] = []
+    staying: list[tuple[Segment, torch.Tensor]] = []
     for holders, group in _by_holders(entries).items():
         share = _share(group, layout.here(holders), layout.rank)
         (staying if layout.nodes == 1 or twins[holders] == chosen else travelling).extend(share)
     key = hashlib.blake2b(msgspec.msgpack.encode([part for part, _ in staying]), digest_size=8).hexdigest() if staying else ""
-    return Owned(travelling + staying, len(travelling), key)
+    return Owned(travelling + staying, len(travelling), key, chosen or (layout.rank,))
 
 
 def _by_holders(entries: list[Entry]) -> dict[tuple[int, ...], list[Entry]]:

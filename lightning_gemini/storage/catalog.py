@@ -11,14 +11,11 @@ there. A reader outside of this job is not asked: locks at object stores do not 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container
 from typing import NamedTuple
 
 from lightning_gemini.storage.files import Folder
-from lightning_gemini.storage.layout import FORMAT, METADATA, SUMMARY, Summary, decode, is_ours
-
-_NAME = re.compile(r"step-(\d+)(\.[A-Za-z0-9_-]+)?")
+from lightning_gemini.storage.layout import FOLDER, FORMAT, METADATA, SUMMARY, Summary, decode, is_ours
 
 
 class Checkpoint(NamedTuple):
@@ -34,16 +31,9 @@ class Checkpoint(NamedTuple):
         return self.path.rpartition("/")[2]
 
 
-def directory(step: int, attempt: str) -> str:
-    """Name of the folder of an attempt to persist `step`; `attempt` (letters, digits, _ and -) must be new."""
-    name = f"step-{step}.{attempt}"
-    assert _NAME.fullmatch(name), name
-    return name
-
-
 def _ours(folder: Folder) -> list[tuple[int, str]]:
     """(step, name) of the folders at a URL that we made, oldest first."""
-    found = [(int(match[1]), name) for name in folder.folders() if (match := _NAME.fullmatch(name))]
+    found = [(int(match[1]), name) for name in folder.folders() if (match := FOLDER.fullmatch(name))]
     return sorted((step, name) for step, name in found if folder.size(f"{name}/{FORMAT}") >= 0)
 
 

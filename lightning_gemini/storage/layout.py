@@ -26,7 +26,17 @@ METADATA, META, NAMES_DATA = ".metadata", "meta.pt", "__names_0.distcp"
 FORMAT, NAMES, SUMMARY = "gemini/format", "gemini/names", "gemini/checkpoint.json"
 _OURS = re.compile(r"\.metadata(\.tmp)?|meta\.pt|__\w+_0\.distcp|gemini/(format|names|checkpoint\.json|node-\d+\.part|rank-\d+\.state)")
 
+FOLDER = re.compile(r"step-(\d+)(\.[A-Za-z0-9_-]+)?")
+"""Name of a checkpoint's folder: its step, and the attempt."""
+
 T = TypeVar("T")
+
+
+def directory(step: int, attempt: str) -> str:
+    """Name of the folder of an attempt to persist `step`; `attempt` (letters, digits, _ and -) must be new."""
+    name = f"step-{step}.{attempt}"
+    assert FOLDER.fullmatch(name), name
+    return name
 
 
 def data_file(node: int) -> str:

@@ -5,28 +5,35 @@ from __future__ import annotations
 import sys
 
 from lightning_gemini.config import GeminiConfig
-from lightning_gemini.recovery.memory import available_memory
+from lightning_gemini.memory_size import available_memory
+from lightning_gemini.state.ownership import Layout
 
 _MIB = 1 << 20
 
 
-def text(config: GeminiConfig, world: int, slot_bytes: int, replicated: bool, available: int) -> str:
-    """The banner's lines."""
-    need = 2 * slot_bytes * world
+def text(config: GeminiConfig, layout: Layout, need: int, replicated: bool, available: int) -> str:
+    """The banner's lines. `need`: bytes of snapshot memory on each node."""
     source = "a live replica, else this node's memory" if replicated else "this node's memory"
-    every = config.snapshot.every_n_steps
+    every, several = config.snapshot.every_n_steps, layout.nodes > 1
+    where = f"{layout.world} ranks on {layout.nodes} nodes" if several else f"{layout.world} ranks on this node"
     lines = [
-        f"lightning_gemini: {world} ranks on this node, {config.recovery.spares} warm spare(s), a snapshot every {every} step(s)",
+        f"lightning_gemini: {where}, {config.recovery.spares} warm spare(s){' each' * several}, a snapshot every {every} step(s)",
         f"  a rank raises in a step      it rejoins in its own process; state from {source}",
         f"  a rank dies or is stopped    a spare takes its rank; the others keep their processes; state from {source}",
-        "  all ranks die                spares start from this node's memory",
-        "  the agent dies               the job ends, nothing is left behind",
-        f"  memory: {need / _MIB:.0f} MiB for two slots of each rank's share, {available / _MIB:.0f} MiB available",
+        "  all ranks of a node die      spares start from this node's memory",
     ]
+    if several:
+        lines += [
+            "  a node is lost               a spare node takes its ranks; state from other nodes' memory",
+            "  an agent dies                as if its node was lost",
+        ]
+    else:
+        lines.append("  the agent dies               the job ends, nothing is left behind")
+    lines.append(f"  memory: {need / _MIB:.0f} MiB of each node for snapshots, {available / _MIB:.0f} MiB available")
     lines += [f"  FAULT ARMED: {fault.kind} rank {fault.rank} in step {fault.step}, {fault.where}" for fault in config.faults]
     return "\n".join(lines)
 
 
-def show(config: GeminiConfig, world: int, slot_bytes: int, replicated: bool) -> None:
+def show(config: GeminiConfig, layout: Layout, need: int, replicated: bool) -> None:
     """Print it."""
-    print(text(config, world, slot_bytes, replicated, available_memory()), file=sys.stderr, flush=True)
+    print(text(config, layout, need, replicated, available_memory()), file=sys.stderr, flush=True)

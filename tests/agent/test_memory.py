@@ -84,7 +84,7 @@ def test_files_are_named_in_the_environment(world: int) -> None:
     files = create_files(world)
     again = NodeFiles.from_text(files.to_text())
     assert vars(again) == vars(files)
-    assert len(set(files.all())) == 2 + 3 * world  # a board, and a log of others
+    assert len(set(files.all())) == 3 + 3 * world  # a board, a log of others, a description
     assert not any(os.get_inheritable(fd) for fd in files.all()), "only a child that is meant to have them gets them"
     assert all(os.fstat(fd).st_nlink == 0 for fd in files.all()), "they have no name"
     files.close()

@@ -20,10 +20,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loops import fetchers
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.strategies.launchers import launcher
+from lightning.pytorch.trainer.connectors.logger_connector import result
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from torchmetrics import MeanMetric
 
 PACKAGE = Path(__file__).parents[2] / "lightning_gemini"
 VERSIONS = f"lightning {lightning.__version__}, torch {torch.__version__}"
@@ -63,6 +63,12 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pl.Trainer]:
     yield made
 
 
+def logged(trainer: pl.Trainer) -> Any:
+    results = result._ResultCollection(training=True)
+    results.log("training_step", "loss", torch.ones(()))
+    return results["training_step.loss"]
+
+
 Find = Callable[[pl.Trainer], Any]
 # name -> where it must be. On a class where an instance would need a job.
 LIGHTNING: dict[str, list[Find]] = {
@@ -89,6 +95,16 @@ LIGHTNING: dict[str, list[Find]] = {
     "_ExperimentWriter": [lambda t: csv_logs],
     "_check_log_dir_exists": [lambda t: csv_logs._ExperimentWriter],
     "_per_optimizer_states": [lambda t: torch.amp.GradScaler("cpu")],
+    "_ResultMetric": [lambda t: result],
+    "_Metadata": [lambda t: result],
+    "_Sync": [lambda t: result],
+    "_sync": [lambda t: logged(t).meta],
+    "_should": [lambda t: logged(t).meta.sync],
+    "_op": [lambda t: logged(t).meta.sync],
+    "_group": [lambda t: logged(t).meta.sync],
+    "_forward_cache": [logged],
+    "_computed": [logged],
+    "_update_count": [logged],
 }
 TORCH: dict[str, list[Find]] = {
     "_StorageInfo": [lambda t: importlib.import_module("torch.distributed.checkpoint.filesystem")],
@@ -115,8 +131,8 @@ UNDOCUMENTED: dict[str, list[Find]] = {
     "_Launcher": [lambda t: launcher],
     "_configure_launcher": [lambda t: pl.strategies.DDPStrategy],
     "_ddp_kwargs": [lambda t: pl.strategies.DDPStrategy()],
-    "_update_count": [lambda t: MeanMetric()],
-    "_computed": [lambda t: MeanMetric()],
+    "cumulated_batch_size": [logged],
+    "has_reset": [logged],
     "_Options": [lambda t: dist.ProcessGroupGloo],
     "_timeout": [lambda t: dist.ProcessGroupGloo._Options()],
     "_devices": [lambda t: dist.ProcessGroupGloo._Options()],

@@ -13,7 +13,6 @@ from lightning_gemini.membership.etcd import EtcdMembership
 from tests.membership.helpers import Agent, Process, decide
 from tests.support.etcd import Cluster, Etcd, require_etcd
 
-
 QUICK = ("--heartbeat-interval", "10", "--election-timeout", "100")
 
 

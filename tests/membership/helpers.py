@@ -118,7 +118,9 @@ class Process:
     """An agent in a forked process, which listens at a port as an agent does. It tells its events and obeys: each word is a method of its
     membership, with arguments."""
 
-    def __init__(self, node: str, endpoints: Sequence[str], job: str, nnodes: int, *, prepare: Callable[[], None] | None = None, **options: Any):
+    def __init__(
+        self, node: str, endpoints: Sequence[str], job: str, nnodes: int, *, prepare: Callable[[], None] | None = None, **options: Any
+    ) -> None:
         self.node = node
         self.events: list[Event] = []
         fields = {key: options.pop(key) for key in ("host", "spare", "domain", "preferred", "diligent") if key in options}

@@ -154,7 +154,7 @@ def test_tls(start: Start, tmp_path: Path) -> None:
         agents = two(start, server, ca=files.ca, cert=files.cert, key=files.key)
         recover(agents)
         for wrong in ({}, {"ca": files.ca}):
-            with pytest.raises(ConnectionError, match=r"no etcd answers \(https://.*(certificate|EOF|eof).*are address and certificates right"):
+            with pytest.raises(ConnectionError, match=r"no etcd answers \(https://.*(certificate|EOF|eof).*and certificates right"):
                 start.agent(server, "x", 2, {"connect_timeout_s": 0.1, **wrong})
         start.end()
         assert not server.keys("/")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
-from tests.replication.helpers import CHUNK, MARK, Agent, Cluster, damage, random_bytes
+from tests.replication.helpers import CHUNK, LIMIT_S, MARK, Agent, Cluster, damage, random_bytes
 
 MARKED = MARK * (CHUNK // len(MARK))
 
@@ -52,6 +54,32 @@ def test_damage_in_the_senders_memory_is_not_accepted(cluster: Cluster, position
     assert failed[:3] == (0, 2, 1) and f"from byte {position // CHUNK * CHUNK} on, in the memory of this node" in failed[3]
     assert receiver.exchange.replicas() == {0: [1]} and receiver.replica(0, 1) == good
     assert sender.seen.replicated == [(0, 1, 1)]
+
+
+def test_a_slot_that_is_taken_back_under_a_transfer_ends_it_and_not_the_connection(cluster: Cluster) -> None:
+    sender, receiver = cluster.start(2)
+    begun, go_on, passed = threading.Event(), threading.Event(), [0]
+
+    def hold(data: bytearray) -> None:
+        passed[0] += len(data)
+        if passed[0] > 2 * CHUNK:
+            begun.set()
+            assert go_on.wait(LIMIT_S)
+
+    sender.exchange.open(1, {0: sender.peer, 1: cluster.behind(1, hold)}, 0)
+    receiver.exchange.open(1, cluster.peers(), 1)
+    arena = sender.arena(0)
+    arena.write(1, random_bytes(64 << 20, 1))  # more than the kernel's buffers take
+    sender.exchange.send(0, 1, [1])
+    assert begun.wait(LIMIT_S)
+    arena.file.invalidate(arena.slot(1))
+    go_on.set()
+    sender.until(lambda: sender.seen.failed)
+    assert sender.seen.failed == [(0, 1, 1, "the sender has stopped")] and receiver.exchange.replicas() == {}
+    lanes = list(receiver.exchange._fence._open)
+    payload = arena.write(2, random_bytes(CHUNK, 2))
+    sender.replicate(0, 2, 1)
+    assert receiver.replica(0, 2) == payload and list(receiver.exchange._fence._open) == lanes
 
 
 def test_a_damaged_list_of_checksums_is_not_sent(cluster: Cluster) -> None:

@@ -11,7 +11,6 @@ from lightning_gemini.peers.errors import StaleGeneration
 from lightning_gemini.replication import fetching
 from lightning_gemini.replication import refill as refill_module
 from lightning_gemini.replication.refill import Impossible, Want
-from lightning_gemini.replication.store import Store
 from lightning_gemini.snapshot.collective_log import CollectiveLog
 from lightning_gemini.snapshot.slots import SlotFile
 from tests.replication.helpers import CHUNK, LIMIT_S, MARK, Agent, Arena, Cluster, Tamper, damage, random_bytes, untouched, verified
@@ -74,6 +73,24 @@ def test_this_nodes_own_replica_needs_no_network(cluster: Cluster) -> None:
     cluster.all = [keeper]
     arena = keeper.arena(0)
     assert fetch(keeper, arena, (1,), ((1, 11),)) == payload
+
+
+def test_a_damaged_snapshot_is_replaced_from_this_nodes_own_replica(cluster: Cluster) -> None:
+    """The rank has moved here, to the node that kept its replica, and what is in its arena cannot be used."""
+    payload = kept(cluster)
+    keeper = cluster.agents[1]
+    arena = keeper.arena(0)
+    arena.write(5, random_bytes(TRAVEL, "travel"), local=b"rng" * 50)
+    arena.flip(5, CHUNK)
+    assert fetch(keeper, arena, (1,)) == payload
+
+
+def test_a_source_that_is_in_no_roster(cluster: Cluster) -> None:
+    payload = kept(cluster)
+    new = cluster.agents[3]
+    assert fetch(new, new.arena(0), (9, 1)) == payload
+    with pytest.raises(Impossible, match="node 9: no node has index 9 in generation 0"):
+        fetch(new, new.arena(0), (9,))
 
 
 def test_an_arena_keeps_its_other_slot(cluster: Cluster) -> None:

@@ -140,6 +140,10 @@ def talk(first: socket.socket, second: socket.socket) -> None:
         assert target.recv(9) == b"word"
 
 
+def _until_handed(agent: Agent) -> None:
+    assert select.select([agent.exchange.fileno()], [], [], LIMIT_S)[0]
+
+
 def test_the_agents_own_line(cluster: Cluster) -> None:
     first, second = cluster.start(2)
     sock = first.exchange.connect_control(1)
@@ -155,6 +159,7 @@ def test_the_agents_own_line(cluster: Cluster) -> None:
 def test_a_line_of_an_older_generation_is_not_handed_over(cluster: Cluster) -> None:
     first, second = cluster.start(2)
     with first.exchange.connect_control(1) as sock:
+        _until_handed(second)
         second.exchange.open(1, cluster.peers(), 1)
         second.exchange.poll()
         assert not second.seen.controls
@@ -170,10 +175,6 @@ def test_a_line_that_nobody_took_is_closed(cluster: Cluster) -> None:
         cluster.all.remove(second)
         sock.settimeout(LIMIT_S)
         assert sock.recv(1) == b""
-
-
-def _until_handed(agent: Agent) -> None:
-    select.select([agent.exchange.fileno()], [], [], LIMIT_S)
 
 
 def test_everything_closes_while_it_is_busy(cluster: Cluster) -> None:

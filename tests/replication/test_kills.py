@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import uuid
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def test_a_sender_is_killed_in_mid_transfer(children: list[Child]) -> None:
             arena.write(step, payload_of(step), chunk=CHUNK)
             agent.exchange.send(0, step, [1])
             tell(step)
-            agent.until(lambda: (0, step, 1) in agent.seen.replicated)
+            agent.until(lambda step=step: (0, step, 1) in agent.seen.replicated)  # type: ignore[misc]
             step = int(hear())
 
     children += [Child(body) for _ in range(ROUNDS)]

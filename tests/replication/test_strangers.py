@@ -147,7 +147,7 @@ def test_who_belongs_elsewhere_is_told_so(cluster: Cluster, name: str) -> None:
 RUDE: dict[str, tuple[Speak, str]] = {
     "garbage": (lambda sock, agent: sock.sendall(b"\0\0\0\x05hello"), "sent what is no message of ours"),
     "http": (lambda sock, agent: sock.sendall(b"GET / HTTP/1.1\r\n\r\n"), "announced a frame of"),
-    "4 GiB": (lambda sock, agent: sock.sendall(b"\xff\xff\xff\xff" + b"x" * 1000), "announced a frame of 4294967295 bytes, 4096 are allowed"),
+    "4 GiB": (lambda sock, agent: sock.sendall(b"\xff\xff\xff\xff" + b"x" * 1000), "announced a frame of 4294967295 bytes, 4096 are"),
     "too long": (lambda sock, agent: sock.sendall((4097).to_bytes(4, "big")), "announced a frame of 4097 bytes"),
     "deep": (lambda sock, agent: sock.sendall(wire.frame(b"\x91" * 4000)), "sent what is no message of ours"),
     "an offer": (lambda sock, agent: sock.sendall(messages.frame(messages.Offer(0, 1, 0, 1, b"x"))), "sent what is no message of ours"),

@@ -132,7 +132,9 @@ EXPENSIVE: dict[str, Callable[[int], bytes]] = {
     "a set of numbers": lambda n: blob([Code.SET, 2 * n + 1], list(range(n))),
     "short strings": lambda n: blob([Code.LIST, 2 * n + 1], [f"{i % 90 + 10}" for i in range(n)]),
     "copies of one array": lambda n: blob(
-        [Code.LIST, 2 * n + 2, Code.BYTES, n, *[Code.KNOWN, 2, Code.REFERENCE, 0] * n], ["bytearray"] * n, bytes(n)
+        [Code.LIST, 2 * n + 2, Code.KNOWN, 2, Code.BYTES, 10 * n, *[Code.KNOWN, 2, Code.REFERENCE, 1] * n],
+        ["bytearray"] * (n + 1),
+        bytes(10 * n),
     ),
 }
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lightning_gemini.agent.cluster import Cluster
 from lightning_gemini.agent.joining import Options, through_etcd
 from lightning_gemini.agent.spawn import ForkSpawner
@@ -24,24 +26,9 @@ from lightning_gemini.agent.supervisor import Supervisor
 from lightning_gemini.config import MembershipConfig
 from lightning_gemini.telemetry.events import read_events
 from tests.support.nodes import Nodes
+from tests.support.storing import storage_process
 
 TOKEN = b"a secret of this test"
-
-
-@dataclass
-class NodeResult:
-    """What a node left behind."""
-
-    number: int
-    directory: Path
-    output: str
-    exit_status: int | None
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        """Of its agents, in order of time."""
-        found = [event for path in self.directory.glob("agent-*.jsonl") for event in read_events(str(path)) if event["node"] == self.number]
-        return sorted(found, key=lambda event: float(event["time"]))
 
 
 @dataclass
@@ -57,13 +44,15 @@ class JobOnNodes:
     membership: dict[str, Any] = field(default_factory=dict)
     agents: dict[int, int] = field(default_factory=dict)
     statuses: dict[int, int] = field(default_factory=dict)
+    groups: dict[int, int] = field(default_factory=dict)
+    """node -> process group, also of nodes that have ended."""
 
     def start(self, number: int, **options: Any) -> None:
         """Start the agent of a node; those beyond `count` are spares."""
         log = self.directory / f"node{number}.txt"
         pid = os.fork()
         if pid:
-            self.agents[number] = pid
+            self.agents[number] = self.groups[number] = pid
             return
         status = 99
         try:
@@ -90,14 +79,14 @@ class JobOnNodes:
         config = MembershipConfig(etcd=self.etcd, **self.membership)
         while True:
             join = through_etcd(here, Options(membership=config, token=TOKEN))
-            status = Supervisor(ForkSpawner(self.target), self.per_node, join).run()
+            status = Supervisor(ForkSpawner(self.target), self.per_node, join, storage=storage_process).run()
             if status is not None:
                 return status
 
     def kill(self, number: int) -> None:
         """All processes of a node, at once."""
         os.killpg(self.agents[number], signal.SIGKILL)
-        self._reap(number, os.WNOHANG if number not in self.agents else 0)
+        self._reap(number, 0)
 
     def _reap(self, number: int, flags: int) -> bool:
         done, raw = os.waitpid(self.agents[number], flags)
@@ -160,10 +149,44 @@ class JobOnNodes:
         """What each rank has written at the end."""
         return {int(path.stem[4:]): json.loads(path.read_text()) for path in self.directory.glob("rank*.json")}
 
+    @property
+    def recoveries(self) -> list[dict[str, Any]]:
+        """Each once, although every node tells of it."""
+        return list({event["generation"]: event for event in self.named("recovered")}.values())
+
+    def named_of(self, number: int, event: str) -> list[dict[str, Any]]:
+        """Events of one kind, of the agent of one node."""
+        return [found for found in self.named(event) if found["pid"] == self.groups[number]]
+
+    def pids(self) -> dict[int, list[int]]:
+        """The processes that were each rank, in order."""
+        files = sorted((self.directory / "gemini").glob("rank*.jsonl"))
+        joined = {int(path.stem[4:]): [e["pid"] for e in read_events(str(path)) if e["event"] == "joined"] for path in files}
+        return {rank: list(dict.fromkeys(pids)) for rank, pids in joined.items()}
+
+    @property
+    def injected(self) -> int:
+        """Faults of the option `faults` that have happened."""
+        files = (self.directory / "gemini").glob("rank*.jsonl")
+        return sum(event["event"] == "fault_injected" for path in files for event in read_events(str(path)))
+
+    def alive(self, number: int) -> list[int]:
+        """Processes of a node, loader processes (which have groups of their own) included."""
+        loaders = {event["loader_pid"] for event in self.named_of(number, "loader_started")}
+        return [pid for pid in psutil.pids() if _group(pid) == self.groups[number] or _group(pid) in loaders]
+
     def step(self) -> int:
-        """The furthest step that any rank has recorded, -1 for none: see `Steps`."""
+        """The furthest step that rank 0 has told, -1 for none."""
         path = self.directory / "step"
-        return int(path.read_text() or -1) if path.exists() else -1
+        return int(path.read_text()) if path.exists() else -1
+
+
+def _group(pid: int) -> int:
+    """Process group of a process that is no zombie, else -1."""
+    try:
+        return -1 if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE else os.getpgid(pid)
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return -1
 
 
 def on_nodes(directory: Path, etcd: list[str], target: Callable[[], None], count: int, per_node: int, spares: int = 0, **options: Any) -> JobOnNodes:

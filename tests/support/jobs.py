@@ -22,6 +22,7 @@ from lightning_gemini.agent.spawn import ForkSpawner
 from lightning_gemini.agent.supervisor import Supervisor
 from lightning_gemini.telemetry.events import read_events
 from lightning_gemini.telemetry.report import summarize
+from tests.support.storing import storage_process
 
 
 @dataclass
@@ -70,7 +71,7 @@ def run_job(
             os.dup2(fd, 2)
             sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
             os.chdir(directory)
-            status = Supervisor(ForkSpawner(target), world).run()
+            status = Supervisor(ForkSpawner(target), world, storage=storage_process).run()
         except BaseException:
             traceback.print_exc()
         finally:

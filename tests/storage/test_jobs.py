@@ -1,0 +1,92 @@
+"""Whole jobs with a persistent tier: nothing changes by it, and the next job goes on from where the last one ended."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+from lightning_gemini import GeminiFSDP2Strategy, GeminiStrategy
+from tests.support.jobs import Recorder, Result, run_job, same
+from tests.support.models import Net, loader
+
+WORLD = 2
+
+
+def script(directory: Path, *, fsdp: bool, epochs: int, world: int = WORLD, **options: Any) -> Callable[[], None]:
+    """A training of 12 steps an epoch."""
+
+    def train() -> None:
+        pl.seed_everything(1)
+        sizes: dict[str, Any] = {"data_parallel_size": world, "tensor_parallel_size": 1} if fsdp else {}
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=world, strategy=(GeminiFSDP2Strategy if fsdp else GeminiStrategy)(**sizes, **options),
+            max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False,
+            gradient_clip_val=0.5, default_root_dir=str(directory), callbacks=[Recorder(str(directory))], limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(Net(width=64, fsdp=fsdp), loader())
+
+    return train
+
+
+def job(directory: Path, world: int = WORLD, **options: Any) -> Result:
+    return run_job(directory, script(directory, world=world, **options), world)
+
+
+def checkpoints(store: Path) -> list[int]:
+    """Steps of the complete ones."""
+    return sorted(int(path.parent.name.split(".")[0].removeprefix("step-")) for path in store.glob("step-*/.metadata"))
+
+
+def named(result: Result, event: str) -> list[dict[str, Any]]:
+    return [found for found in result.agent_events if found["event"] == event]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["ddp", "fsdp2"])
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, Result]:
+    return request.param, job(tmp_path_factory.mktemp("undisturbed"), fsdp=request.param, epochs=2)
+
+
+def test_a_job_is_persisted_and_the_next_one_goes_on(tmp_path: Path, undisturbed: tuple[bool, Result]) -> None:
+    fsdp, expected = undisturbed
+    store = tmp_path / "store"
+    persistent = {"url": str(store), "every_n_steps": 5, "keep_last": 2}
+    first = job(tmp_path / "first", fsdp=fsdp, epochs=1, persistent=persistent)
+    assert first.exit_status == 0, first.output
+    steps = checkpoints(store)
+    assert steps and set(steps) <= {5, 10, 15} and not named(first, "persist_failed"), first.agent_events
+    second = job(tmp_path / "second", fsdp=fsdp, epochs=2, persistent=persistent)
+    same(expected, second)
+    assert f"goes on from step {steps[-1]}" in second.output
+    assert len(checkpoints(store)) <= 2
+
+
+def test_a_job_of_another_size_goes_on(tmp_path: Path, undisturbed: tuple[bool, Result]) -> None:
+    fsdp, _ = undisturbed
+    store = tmp_path / "store"
+    persistent = {"url": str(store), "every_n_steps": 5}
+    assert job(tmp_path / "first", fsdp=fsdp, epochs=1, persistent=persistent).exit_status == 0
+    last = checkpoints(store)[-1]
+    larger = job(tmp_path / "larger", world=3, fsdp=fsdp, epochs=3, persistent={**persistent, "every_n_steps": 1000})
+    assert larger.exit_status == 0, larger.output
+    assert larger.ranks[0]["steps"] > last and len({rank["params"] for rank in larger.ranks.values()}) == (3 if fsdp else 1)
+
+
+def test_resume_never_begins_anew(tmp_path: Path) -> None:
+    expected = job(tmp_path / "undisturbed", fsdp=False, epochs=1)
+    store = tmp_path / "store"
+    assert job(tmp_path / "first", fsdp=False, epochs=1, persistent={"url": str(store), "every_n_steps": 5}).exit_status == 0
+    again = job(tmp_path / "again", fsdp=False, epochs=1, persistent={"url": str(store), "every_n_steps": 5, "resume": "never"})
+    assert again.exit_status == 1 and "persistent.resume='never'" in again.output
+    shutil.rmtree(store)
+    same(expected, job(tmp_path / "third", fsdp=False, epochs=1, persistent={"url": str(store), "resume": "never"}))
+
+
+def test_a_url_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = job(tmp_path / "job", fsdp=False, epochs=1, persistent={"url": str(tmp_path / "file" / "store")})
+    assert result.exit_status == 1 and "persistent.url=" in result.output and not result.ranks

@@ -158,7 +158,8 @@ class Agent:
         return time.process_time()
 
 
-def _agent(node: str, size: int) -> Process:
+def node_process(node: str, size: int) -> Process:
+    """An `Agent` in a process of its own."""
     def body(sock: socket.socket) -> None:
         agent = Agent(node, size)
         _serve(sock, {name: getattr(agent, name) for name in ("port", "open", "make", "capture", "replicate", "fetch", "cpu")})
@@ -166,7 +167,8 @@ def _agent(node: str, size: int) -> Process:
     return Process(body)
 
 
-def _memcpy(size: int, repeat: int) -> list[float]:
+def memcpy_seconds(size: int, repeat: int) -> list[float]:
+    """Into memory that has its pages."""
     source, target = memoryview(bytearray(os.urandom(MIB) * (size // MIB))), memoryview(bytearray(size))
     times = []
     for _ in range(repeat + 1):
@@ -176,7 +178,7 @@ def _memcpy(size: int, repeat: int) -> list[float]:
     return times[1:]  # the first one takes the pages
 
 
-def _bare(size: int, repeat: int) -> tuple[list[float], list[float]]:
+def bare_seconds(size: int, repeat: int) -> tuple[list[float], list[float]]:
     """Seconds, and CPU seconds of both ends, of sendall into recv_into."""
     server = socket.create_server(("127.0.0.1", 0))
 
@@ -235,15 +237,15 @@ def measure(quick: bool) -> Report:
     """Run it."""
     size, repeat = (64 * MIB, 3) if quick else (512 * MIB, 7)
     report = Report("replication", "Replication between agents over loopback", quick)
-    agents = [_agent(f"node-{number}", size) for number in range(4)]
+    agents = [node_process(f"node-{number}", size) for number in range(4)]
     try:
         peers = {number: (f"node-{number}", agent.ask("port")) for number, agent in enumerate(agents)}
         for number, agent in enumerate(agents):
             agent.ask("open", peers, number)
         for number in (0, 1):
             agents[number].ask("make", number)
-        memcpy = _memcpy(size, repeat)
-        bare, bare_cpu = _bare(size, repeat)
+        memcpy = memcpy_seconds(size, repeat)
+        bare, bare_cpu = bare_seconds(size, repeat)
         progress("replicate, one way")
         captured, replicated, captured_cpu, cpu = _one_way(agents, repeat)
         newest = repeat + 1

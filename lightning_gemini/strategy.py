@@ -38,7 +38,8 @@ class GeminiStrategy(Joining, DDPStrategy):
     """Lightning's DDP with recovery. Keyword arguments other than ours are DDPStrategy's and DistributedDataParallel's.
 
     Args:
-        snapshot, recovery, telemetry, replication, membership, persistent, faults: see `lightning_gemini.config`; a dataclass or a mapping each.
+        snapshot, recovery, telemetry, replication, membership, persistent, faults: see `lightning_gemini.config`; a dataclass or a mapping
+        each.
     """
 
     strategy_name = "gemini"

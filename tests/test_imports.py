@@ -68,6 +68,9 @@ def top(name: str) -> str:
     return name.partition(".")[0]
 
 
+_RANKS = ["strategy", "hooks", "callback", "launcher", "environment", "faults", "checks", "compat", "data", "mapped"]
+"""What only ranks load."""
+
 # package -> what it must not import, itself, in any function
 FORBIDDEN = {
     "config": ["agent", "recovery", "rendezvous", "snapshot", "state", "strategy", "hooks", "callback", "compat", "data"],
@@ -85,7 +88,21 @@ FORBIDDEN = {
         "config",
     ],
     "snapshot": ["recovery", "agent", "strategy", "hooks", "callback", "launcher", "compat", "data", "config"],
-    "state": ["recovery", "agent", "snapshot", "rendezvous", "peers", "strategy", "hooks", "callback", "launcher", "config"],
+    "state": [
+        "recovery",
+        "agent",
+        "snapshot.arena",
+        "snapshot.blocks",
+        "snapshot.collective_log",
+        "snapshot.cuda",
+        "rendezvous",
+        "peers",
+        "strategy",
+        "hooks",
+        "callback",
+        "launcher",
+        "config",
+    ],
     "data": ["recovery", "agent", "snapshot", "rendezvous", "strategy", "hooks", "callback", "launcher", "compat", "config"],
     "mapped": ["recovery", "agent", "snapshot", "rendezvous", "peers", "strategy", "hooks", "callback", "launcher", "datasets"],
     "datasets": [
@@ -109,6 +126,10 @@ FORBIDDEN = {
     "recovery": ["strategy", "hooks", "callback", "launcher", "environment", "faults", "checks"],
     "recovery.plan": ["agent", "snapshot", "state", "rendezvous", "compat", "config"],
     "agent": ["strategy", "hooks", "callback", "launcher", "environment", "faults", "checks", "compat", "state", "rendezvous", "data"],
+    "membership": [*_RANKS, "agent", "replication", "storage", "state", "snapshot", "rendezvous", "placement"],
+    "replication": [*_RANKS, "agent", "storage", "state", "rendezvous", "placement", "recovery", "config"],
+    "storage": ["agent.supervisor", "agent.node", "recovery", "rendezvous", "membership", "replication", "strategy", "hooks", "launcher"],
+    "placement": ["agent", "recovery", "membership", "replication", "config"],
     "compat": ["agent", "recovery", "rendezvous", "snapshot", "state", "strategy", "hooks", "callback", "data", "config"],
 }
 
@@ -122,7 +143,10 @@ def test_imports_point_one_way(package: str) -> None:
             assert not wrong, f"{module} imports {wrong}"
 
 
-LIGHT = [*inside("agent"), *inside("peers"), f"{NAME}.config", f"{NAME}.telemetry.events", f"{NAME}.recovery.plan"]
+LIGHT = [
+    *(module for package in ("agent", "peers", "membership", "replication", "placement", "memory_size") for module in inside(package)),
+    *(f"{NAME}.{module}" for module in ("config", "telemetry.events", "recovery.plan", "storage.process", "storage.messages")),
+]
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -134,7 +158,7 @@ def test_the_agent_never_loads_torch(module: str) -> None:
 
 
 def test_the_decision_is_pure() -> None:
-    assert {top(name) for name in imports(f"{NAME}.recovery.plan")} <= {"__future__", "collections", "dataclasses"}
+    assert {top(name) for name in imports(f"{NAME}.recovery.plan")} <= {"__future__", "collections", "dataclasses", "typing"}
 
 
 @pytest.mark.parametrize("module", inside("compat"))
@@ -150,7 +174,7 @@ def test_no_module_loads_itself() -> None:
 
 
 def test_only_declared_dependencies() -> None:
-    declared = {"torch", "lightning", "hydra", "omegaconf", "msgspec", "xxhash", "psutil", "numpy"}
+    declared = {"torch", "lightning", "hydra", "omegaconf", "msgspec", "xxhash", "psutil", "numpy", "fsspec"}
     declared |= {"torchmetrics"}  # comes with lightning
     declared |= {"etcd3gw"}  # the extra `etcd`, imported when rendezvous.etcd is set
     declared |= {"cryptography"}  # the extra `encryption`, imported when mapped_data.encryption is set

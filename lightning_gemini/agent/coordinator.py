@@ -1,7 +1,7 @@
 """A node's part in recoveries: from a fault, here or elsewhere, to ranks that go on.
 
-Seam: an `Observer` of the membership; the supervisor tells it of faults, of ranks that stand still and of phases that are over. The decision
-itself is made once for all nodes, by the membership's leader, from what every node reports (`decide`).
+Seam: an `Observer` of the membership; the supervisor tells it of faults, of ranks that stand still and of phases that are over. The
+decision itself is made once for all nodes, by the membership's leader, from what every node reports (`decide`).
 
 States of a recovery: stopping (a generation has begun; every live rank is told to stand still, dead ranks get a spare) -> reported ->
 planned (the plan is there; what must come from other nodes is fetched, then the ranks are told) -> resumed (every rank here has completed

@@ -1,7 +1,7 @@
 """Votes between the agents of a job: small frames over control connections, in the agent's own loop.
 
-Seam: `open` at each generation, `own` when this node's words have changed; the job's row of the board follows. A child dials its parent (in a
-thread that `close` and the next `open` join); the parent is handed the connection by the exchange. Only the newest words matter, so a
+Seam: `open` at each generation, `own` when this node's words have changed; the job's row of the board follows. A child dials its parent (in
+a thread that `close` and the next `open` join); the parent is handed the connection by the exchange. Only the newest words matter, so a
 peer that does not read costs one frame of memory and holds nobody up.
 
 Failure: a connection that breaks is reported with the node's name, and dialled again while the generation lasts.
@@ -36,7 +36,14 @@ class Dialler(Protocol):
 class Connection:
     """One control connection in the loop."""
 
-    def __init__(self, sock: socket.socket, node: str, selector: selectors.BaseSelector, heard: Callable[[bytes], None], lost: Callable[[], None]):
+    def __init__(
+        self,
+        sock: socket.socket,
+        node: str,
+        selector: selectors.BaseSelector,
+        heard: Callable[[bytes], None],
+        lost: Callable[[], None],
+    ) -> None:
         self.sock, self.node, self._selector, self._heard, self._lost = sock, node, selector, heard, lost
         self._received, self._unsent, self._latest = b"", b"", b""
         sock.setblocking(False)
@@ -89,7 +96,9 @@ class Connection:
 class Mesh:
     """See the module's docstring."""
 
-    def __init__(self, dialler: Dialler, selector: selectors.BaseSelector, on_lost: Callable[[str], None], on_end_at: Callable[[int], None]) -> None:
+    def __init__(
+        self, dialler: Dialler, selector: selectors.BaseSelector, on_lost: Callable[[str], None], on_end_at: Callable[[int], None]
+    ) -> None:
         self._dialler, self._selector, self._on_lost, self._on_end_at = dialler, selector, on_lost, on_end_at
         self._on_result: Callable[[Result], None] = lambda _: None
         self._board: Board | None = None

@@ -1,7 +1,7 @@
 """A node of the job, as its membership sees it: what happens here in a recovery, and how the job ends.
 
-Seam: the membership's `Observer`. `fault` asks for a recovery, `fill` goes on with one after any news of a process, `end` ends the job on all
-nodes. States and failures of a recovery are in `agent.coordinator`; this is what they mean for the processes of the node.
+Seam: the membership's `Observer`. `fault` asks for a recovery, `fill` goes on with one after any news of a process, `end` ends the job on
+all nodes. States and failures of a recovery are in `agent.coordinator`; this is what they mean for the processes of the node.
 
 A node in no roster is a spare: it keeps a warm process for each rank that it may be given. A node that is expelled ends its processes at
 once; whoever runs it may offer it again.

@@ -1,11 +1,11 @@
 """What a node has of other nodes: replicas that it keeps and sends, votes, and what it fetches in a recovery.
 
-Seam: `coordinator.OtherNodes`; the exchange's `Observer`. A rank's word on the board says which step it has captured; its snapshot is then sent
-to the peers of the placement group, and counts as replicated when all of them have acknowledged it. A step loses nothing when that is slow:
-see `Engine._may_capture` for what it costs.
+Seam: `coordinator.OtherNodes`; the exchange's `Observer`. A rank's word on the board says which step it has captured; its snapshot is then
+sent to the peers of the placement group, and counts as replicated when all of them have acknowledged it. A step loses nothing when that is
+slow: see `Engine._may_capture` for what it costs.
 
-Failure: a transfer that failed is asked for again with the rank's next word; a node that is gone is reported to the membership; a fetch that
-fails begins another generation, which plans anew without the source that failed.
+Failure: a transfer that failed is asked for again with the rank's next word; a node that is gone is reported to the membership; a fetch
+that fails begins another generation, which plans anew without the source that failed.
 """
 
 from __future__ import annotations

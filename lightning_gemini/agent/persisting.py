@@ -3,8 +3,8 @@
 Seam: `configure` once the options are known, `due` when a rank says that a step is to be persisted, `look` after any news of the ranks;
 `where_to_begin` and `fill` for a job, or a recovery, that goes on from storage. A file system is touched by the storage process only.
 
-States: off; idle -> copying (the slots must not be overwritten: `held`) -> writing -> idle. Every node writes its part; the vote tells the node
-at index 0 when all have (`written`), and it has the checkpoint completed. One attempt per generation and step, in a folder of its own.
+States: off; idle -> copying (the slots must not be overwritten: `held`) -> writing -> idle. Every node writes its part; the vote tells the
+node at index 0 when all have (`written`), and it has the checkpoint completed. One attempt per generation and step, in a folder of its own.
 
 Failure of any part: the node says so, that step has no checkpoint, what is older stays, the next due step is the next attempt. A storage
 process that dies is started again then. Ranks wait for it in one case only: before the first step, for where to begin.

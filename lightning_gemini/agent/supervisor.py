@@ -1,7 +1,8 @@
 """The agent's event loop: starts and watches the processes of a node, serves their messages, and runs the coordinator.
 
 Seam: `Supervisor(spawner, ranks_per_node, …).run() -> exit status`, which is the job's. Single-threaded over a selector: control channels,
-pidfds (a death is an event of the kernel, not a timeout), a signal pipe, the membership, a tick of half a second for heartbeats and deadlines.
+pidfds (a death is an event of the kernel, not a timeout), a signal pipe, the membership, a tick of half a second for heartbeats and
+deadlines.
 
 What happens when a process ends: a rank inside `fit` -> recovery; a rank with exit status 0 elsewhere -> it is done; a rank that exits
 with an error outside `fit` -> the script's own failure, the job ends with its status; a spare -> replaced by a new one.
@@ -171,7 +172,9 @@ class Supervisor:
         if not member.waiting:
             self.crew.spare_failures += 1
             if self.crew.spare_failures == MAX_SPARE_FAILURES:
-                self.node.say(f"{MAX_SPARE_FAILURES} spares in a row ended (last exit status {code}) before they were ready; no more are started")
+                self.node.say(
+                    f"{MAX_SPARE_FAILURES} spares in a row ended (last exit status {code}) before they were ready; no more are started"
+                )
         self.node.start_spares()
 
     # ---- messages
@@ -208,7 +211,8 @@ class Supervisor:
                 self._on_hello(member, message)
             case Waiting():
                 member.waiting, self.crew.spare_failures = True, 0
-                self.node.coordinator.emit("spare_ready", spare_pid=member.child.pid, seconds=(time.monotonic_ns() - member.started_ns) / 1e9)
+                took_s = (time.monotonic_ns() - member.started_ns) / 1e9
+                self.node.coordinator.emit("spare_ready", spare_pid=member.child.pid, seconds=took_s)
                 self.node.fill()
             case Fault():
                 self._on_fault(member, message)

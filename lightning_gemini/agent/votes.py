@@ -1,9 +1,9 @@
 """What all ranks of all nodes have reached: the minimum of their words, up a tree of nodes and down again. Pure, no I/O.
 
 On one node ranks look at each other's words in shared memory. Across nodes each agent sends the minimum over its own ranks and the nodes
-below it to its parent; the root (index 0) sends the minimum over all back down, where agents write it into the job's row of their boards. With
-`FANOUT` children each, N nodes are 2 * log_FANOUT(N) hops from a rank's word to the last rank's eyes. Words carry their generation, and
-so does each message: one of another generation is dropped.
+below it to its parent; the root (index 0) sends the minimum over all back down, where agents write it into the job's row of their boards.
+With `FANOUT` children each, N nodes are 2 * log_FANOUT(N) hops from a rank's word to the last rank's eyes. Words carry their generation,
+and so does each message: one of another generation is dropped.
 
 The root takes one decision that all ranks must take alike: `replicated` as it was when the last rank reached the gate, once per step.
 

@@ -1,8 +1,8 @@
 """Launchers that start a process for each rank (torchrun, srun with several tasks): one becomes the node's agent, the others wait for it.
 
-Seam: the agent holds a `Door` while it runs; the others call `wait`, and end with the agent's exit status. They meet at an abstract unix socket
-named after the job, the node and the user. Nobody has to accept: the kernel keeps who knocks in the backlog, and tells them when the agent is
-gone, however it went (then their status is 1). An agent that does not come within `_APPEAR_S` is an error.
+Seam: the agent holds a `Door` while it runs; the others call `wait`, and end with the agent's exit status. They meet at an abstract unix
+socket named after the job, the node and the user. Nobody has to accept: the kernel keeps who knocks in the backlog, and tells them when the
+agent is gone, however it went (then their status is 1). An agent that does not come within `_APPEAR_S` is an error.
 """
 
 from __future__ import annotations

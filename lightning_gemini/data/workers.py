@@ -11,14 +11,13 @@ and drops up to W - 1 batches, so that each worker is again the one it was, in i
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lightning_gemini.state import rng
+from lightning_gemini.state import codec, rng
 
 _CPU = torch.device("cpu")
 
@@ -82,7 +81,7 @@ class _Collate:
         self.collate = collate
 
     def __call__(self, samples: Any) -> Any:
-        return self.collate(samples), pickle.dumps({"global": rng.capture(_CPU), "held": rng.capture_private(_held())})
+        return self.collate(samples), _encoded({"global": rng.capture(_CPU), "held": rng.capture_private(_held())})
 
 
 class _Init:
@@ -96,9 +95,14 @@ class _Init:
             self.init(worker)
         data = self.states[worker]
         if data is not None:
-            state = pickle.loads(data)
+            state = codec.decode(data, {}, foreign=True)
             rng.restore(state["global"], _CPU)
             rng.restore_private(_held(), state["held"])
+
+
+def _encoded(state: dict[str, Any]) -> bytes:
+    """It becomes part of the rank-local state, which may be read on another machine."""
+    return codec.encode(state, {}, foreign=True)
 
 
 def _held() -> dict[str, Any]:

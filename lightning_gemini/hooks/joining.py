@@ -186,7 +186,9 @@ class Joining(Stepping):
             memory.allocate(need, gradients)
         else:
             self.landing.room = need, gradients
-        self.engine = Engine(self.world, self.link, self.config, memory, LocalState(trainer, self.engine and self.engine.local, foreign=layout.nodes > 1), self)  # type: ignore[arg-type]
+        previous = None if self.engine is None else self.engine.local
+        local = LocalState(trainer, previous, foreign=layout.nodes > 1)
+        self.engine = Engine(self.world, self.link, self.config, memory, local, self)
         self.world.log = memory.log
         self.world.stand_still = self.engine.stand_still
         if self.landing is None and self.config.telemetry.banner and self.world.rank == 0:
@@ -214,11 +216,12 @@ class Joining(Stepping):
         assert isinstance(default, group.SwappableGroup)
         default.inner("cuda" if self.root_device.type == "cuda" else "cpu")  # type: ignore[attr-defined]
 
-    def load_checkpoint(self, checkpoint_path: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """As Lightning's, which also reads what `persistent` has written for a job of another size."""
         if self.load_from and str(checkpoint_path) == self.load_from:
-            return resume.load(self.lightning_module.trainer, self.load_from, **kwargs)  # type: ignore[attr-defined]
-        return super().load_checkpoint(checkpoint_path, **kwargs)  # type: ignore[misc, no-any-return]
+            return resume.load(self.lightning_module.trainer, self.load_from, weights_only=weights_only)  # type: ignore[attr-defined]
+        given = {} if weights_only is None else {"weights_only": weights_only}  # before Lightning 2.6 there was none
+        return super().load_checkpoint(checkpoint_path, **given)  # type: ignore[misc, no-any-return]
 
     def persist(self, trainer: pl.Trainer) -> None:
         """After a step: have it persisted if it is due."""

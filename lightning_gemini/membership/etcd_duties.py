@@ -150,7 +150,7 @@ def _plan(view: View, now: Generation, decide: Decide) -> Change | None:
     reports, key = view.reports(now.number), number_key("plans", now.number)
     if now.number == 0 or roster.VACANT in now.roster or len(reports) < len(now.roster) or view.plan(now.number) is not None:
         return None
-    return Change(puts={key: decide(now, reports)})
+    return Change(puts={key: decide(now, reports)}, unchanged=view.at(key, "generation"))
 
 
 def _account(view: View, now: Generation) -> Change | None:

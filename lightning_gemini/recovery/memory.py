@@ -117,8 +117,8 @@ class Memory:
         self.link.voted()
 
     def may_capture(self, generation: int) -> bool:
-        """Whether the next capture leaves a snapshot that every node can restore: the present newest one must be replicated. All ranks get the
-        same answer, once all have reached the gate (see `agent.votes`)."""
+        """Whether the next capture leaves a snapshot that every node can restore: the present newest one must be replicated. All ranks get
+        the same answer, once all have reached the gate (see `agent.votes`)."""
         board = self.link.board
         word = board.least(REPLICATED) if board.alone else board.get(board.job, REPLICATED_AT_GATE)
         return self.captured < 0 or reached(word, generation, self.captured)
@@ -286,7 +286,8 @@ class Memory:
                 optimizer.state.clear()
 
     def _order_state(self) -> None:
-        """State that was just made, in the order of the arenas' bytes, comes in that of the parameters, as an optimizer's first step makes it."""
+        """State that was just made, in the order of the arenas' bytes, comes in that of the parameters, as an optimizer's first step makes
+        it."""
         for optimizer in self._optimizers():
             ordered = {parameter: optimizer.state[parameter] for parameter in parameters_of(optimizer) if parameter in optimizer.state}
             optimizer.state.clear()
@@ -299,7 +300,8 @@ class Memory:
         return manifest_of(self.arena, slot)[0].local
 
     def donate(self, rank: int, step: int) -> None:
-        """Write what dead `rank` of this node owned of `step` into its arena, from this rank's live replica of it, and its local state beside."""
+        """Write what dead `rank` of this node owned of `step` into its arena, from this rank's live replica of it, and its local state
+        beside."""
         place = self.link.place(rank)
         file, ledger = SlotFile(self.link.files.arenas[place]), SlotFile(self.link.files.ledgers[place])
         try:

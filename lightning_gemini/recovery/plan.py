@@ -1,8 +1,9 @@
 """The decision: from what every rank has, what everyone does. Pure, no I/O, no torch; used by the membership's leader.
 
 Seam: `plan(inventory) -> RecoveryPlan`. The ladder, per shard: live replica, own node's memory, a peer's memory, persistent storage. The
-target is the newest step that every rank's local state *and* every shard can be restored to. Because a rank leaves step s only when all ranks
-have committed the boundary s + 1 (see `recovery.engine`), survivors are never ahead of it by more than a write that they take back in place.
+target is the newest step that every rank's local state *and* every shard can be restored to. Because a rank leaves step s only when all
+ranks have committed the boundary s + 1 (see `recovery.engine`), survivors are never ahead of it by more than a write that they take back in
+place.
 
 A rank whose node is gone has nothing: what is left of it are replicas of what travels, at peers, and twins of the rest (see `ownership`).
 
@@ -100,7 +101,8 @@ class Inventory:
         """Where the snapshot of `rank` at `step` can be had over the network; None: nowhere."""
         found = {node: kept[rank][step] for node, kept in self.replicas.items() if rank in kept and step in kept[rank]}
         for key in sorted(set(found.values())):
-            twins = [(self.node(r), r) for r, other in self.ranks.items() if other.keys.get(step) == key and self.node(r) != self.node(rank)]
+            equal = [other for other, inventory in self.ranks.items() if inventory.keys.get(step) == key]
+            twins = [(self.node(other), other) for other in equal if self.node(other) != self.node(rank)]
             if not key or twins:
                 return Fetch(sorted(node for node, its in found.items() if its == key), twins if key else [])
         return None
@@ -153,7 +155,8 @@ def _from_memory(job: Inventory, target: int, newest: int) -> RecoveryPlan:
     ahead = [rank for rank, inventory in ranks.items() if inventory.alive and inventory.at > target]
     if ahead:
         return _rewind(job, target, newest, f"the snapshot of step {target} is the newest that all have, rank {ahead[0]} is past it")
-    lacking = [r for r, inventory in ranks.items() if target not in inventory.local and not inventory.lost and _goes_back(inventory, target)]
+    left = {rank: inventory for rank, inventory in ranks.items() if not inventory.lost}
+    lacking = [rank for rank, inventory in left.items() if target not in inventory.local and _goes_back(inventory, target)]
     if lacking:
         return _rewind(job, target, newest, f"rank {lacking[0]} has no local state of step {target}")
     sources = [rank for rank, inventory in ranks.items() if inventory.alive and not inventory.wrote and inventory.boundary == target]
@@ -172,7 +175,8 @@ def _from_memory(job: Inventory, target: int, newest: int) -> RecoveryPlan:
     reason = "every shard is live or in the node's memory"
     if donors or fetch:
         reason = " and ".join(["shards come from live replicas"] * bool(donors) + ["shards come from peers' memory"] * bool(fetch))
-    return RecoveryPlan(action="in_place", target=target, reason=reason, donors=donors, logs=_furthest(ranks), replaced=_dead(ranks), fetch=fetch)
+    logs, replaced = _furthest(ranks), _dead(ranks)
+    return RecoveryPlan(action="in_place", target=target, reason=reason, donors=donors, logs=logs, replaced=replaced, fetch=fetch)
 
 
 def _goes_back(inventory: RankInventory, target: int) -> bool:

@@ -1,7 +1,7 @@
 """Checksums of a tensor snapshot, block by block: what a receiver verifies, chunk for chunk, against what the rank has written.
 
-A payload of `length` bytes is cut into blocks of `chunk` bytes: first [0, travel), which peers keep, then [travel, length), which twins hold
-(see `manifest`). The xxh3 of each block is taken by the rank while it copies, when the bytes are in its cache. The trailer, behind the
+A payload of `length` bytes is cut into blocks of `chunk` bytes: first [0, travel), which peers keep, then [travel, length), which twins
+hold (see `manifest`). The xxh3 of each block is taken by the rank while it copies, when the bytes are in its cache. The trailer, behind the
 payload at a multiple of 8 bytes, has the cut and all digests; the slot's own digest is that of the trailer. So one checksum made
 where the bytes were made covers every copy, wherever it lies, and any block can be verified, and fetched again, alone.
 

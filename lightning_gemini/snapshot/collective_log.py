@@ -83,7 +83,8 @@ class CollectiveLog:
     def _write(self, group: str, index: int, data: bytes | None) -> None:
         name = group.encode()
         used = self._get(self._current)
-        missing = data is None or used + _ENTRY.size + len(name) + len(data) + 4096 > self._capacity  # leaves room to record what is missing
+        room = self._capacity - used - _ENTRY.size - len(name) - 4096  # leaves some to record what is missing
+        missing = data is None or len(data) > room
         length, data = (_MISSING, b"") if missing or data is None else (len(data), data)
         record = _ENTRY.pack(index, length, len(name)) + name + data
         if used + len(record) > self._capacity:

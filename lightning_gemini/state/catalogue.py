@@ -1,9 +1,9 @@
 """The catalogue: every tensor of the training state, by name, and who holds the same bytes of it.
 
 Under DDP every rank holds every tensor. A DTensor says itself who does: its mesh and placements (FSDP2: its rank alone; HSDP: the ranks
-along the replicated dimensions). A plain tensor under FSDP2 (Adam's `step`) counts as its rank's own. Which bytes of it a rank writes into its
-snapshot, and whether they travel, is in `ownership`. Buffers are not here: BatchNorm updates them from local batches inside the step, so
-they belong to the rank-local state, which is written at the boundary itself.
+along the replicated dimensions). A plain tensor under FSDP2 (Adam's `step`) counts as its rank's own. Which bytes of it a rank writes into
+its snapshot, and whether they travel, is in `ownership`. Buffers are not here: BatchNorm updates them from local batches inside the step,
+so they belong to the rank-local state, which is written at the boundary itself.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ import torch
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous CPU tensor as a flat uint8 view of the same memory."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().reshape(-1)
+    return (flat if flat.numel() != 1 else flat.as_strided((1,), (1,))).view(torch.uint8)  # of one element, any stride is contiguous
 
 
 def pack(tensors: list[torch.Tensor]) -> bytes:

@@ -1,5 +1,5 @@
-"""The leader's duties, by a model of etcd that carries out changes: whatever happens, in whatever order, and however old the view of who acts,
-no recovery is planned twice or from half of the reports, and when things calm down the job goes on."""
+"""The leader's duties, by a model of etcd that carries out changes: whatever happens, in whatever order, and however old the view of who
+acts, no recovery is planned twice or from half of the reports, and when things calm down the job goes on."""
 
 from __future__ import annotations
 
@@ -135,6 +135,8 @@ class Job(RuleBasedStateMachine):
             assert len(made) == len(set(made))
         for plan in (view.plan(view.formed.generation.number) for view in self.views[-1:] if view.formed):
             assert plan is None or plan.reason.startswith("[0, 1, 2]"), "made from all reports"
+        for outcome in self.views[-1].outcomes():
+            assert len(self.views[-1].completed(outcome.number)) == 3
 
     @invariant()
     def numbers_only_grow(self) -> None:
@@ -185,6 +187,17 @@ def test_nothing_follows_an_ending() -> None:
     assert not etcd.make(ending(etcd.view(), 4, "late"))
     etcd.make(Change(puts={}, deletes=(node_key("a"),)))
     assert duty(etcd.view(), TERMS, decide, waited_s=99, spent_s=0) is None
+
+
+def test_of_older_generations_only_one_is_kept() -> None:
+    """So that whoever looks late still hears how the last one ended, and etcd does not fill up."""
+    etcd = formed("a", "b", "c")
+    for number in range(1, 5):
+        view = etcd.view()
+        assert view.formed is not None
+        assert etcd.make(follow(view, generations.after_fault(view.formed.generation, "a fault", 1, 0.0), view.formed.nodes))
+        etcd.make(Change(puts={number_key("reports", number, 0): report(number, 0), number_key("plans", number): "any"}))
+    assert {int(key.split("/")[1]) for key in etcd.keys if key[:5] in ("repor", "plans")} == {3, 4}
 
 
 def test_what_a_loss_is_said_to_have_cost() -> None:

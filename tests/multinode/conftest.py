@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.multinode.lab import Expected, Lab
+from tests.multinode.network import Network
 from tests.support.etcd import Etcd, require_etcd
+from tests.support.nodes import require_namespaces
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +24,13 @@ def lab(tmp_path: Path, expected: Expected) -> Iterator[Lab]:
     etcd = Etcd(tmp_path / "etcd", flags=("--heartbeat-interval", "10", "--election-timeout", "100", "--unsafe-no-fsync"))
     yield Lab(tmp_path, etcd, expected)
     etcd.stop()
+
+
+@pytest.fixture
+def network(tmp_path: Path, expected: Expected, request: pytest.FixtureRequest) -> Iterator[Network]:
+    """Its parameter: how many servers etcd has."""
+    require_namespaces()
+    require_etcd()
+    made = Network.make(tmp_path, expected, getattr(request, "param", 1))
+    yield made
+    made.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,13 @@ class Lab:
         assert not missed, f"{missed} did not happen\n{job.outputs()}"
         self.nothing_left(job)
         return job
+
+    def leader(self, job: JobOnNodes) -> int:
+        """The node whose agent leads the membership."""
+        (pair,) = self.etcd.ask("kv/range", key=b64encode(f"{PREFIX}{job.directory.name}/leader".encode()).decode())["kvs"]
+        name = b64decode(pair["value"]).decode(errors="replace")
+        (number,) = [number for number, pid in job.groups.items() if f"-{pid}-" in name]
+        return number
 
     def nothing_left(self, job: JobOnNodes) -> None:
         """Neither processes nor keys, soon after the end."""

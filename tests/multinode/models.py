@@ -33,7 +33,7 @@ class Struck(RuntimeError):
 
 @dataclass(frozen=True)
 class Strike:
-    """`where`: a hook below. `kind`: node, agent, kill, raise, stop, or mark (only tell the test)."""
+    """`where`: a hook below. `kind`: node, agent, kill, raise, stop, or hold (tell the test, and wait for the end)."""
 
     where: str
     rank: int
@@ -84,6 +84,8 @@ class Saboteur(pl.Callback):
             file.write(f"{os.getpid()}\n")
         if strike.kind == "raise":
             raise Struck(f"{strike}")
+        if strike.kind == "hold":
+            signal.sigtimedwait([signal.SIGUSR1], _LIMIT_S)
         if strike.kind == "node":
             os.killpg(0, signal.SIGKILL)
         elif strike.kind == "agent":

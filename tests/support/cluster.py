@@ -189,7 +189,9 @@ def _group(pid: int) -> int:
         return -1
 
 
-def on_nodes(directory: Path, etcd: list[str], target: Callable[[], None], count: int, per_node: int, spares: int = 0, **options: Any) -> JobOnNodes:
+def on_nodes(
+    directory: Path, etcd: list[str], target: Callable[[], None], count: int, per_node: int, spares: int = 0, **options: Any
+) -> JobOnNodes:
     """Start a job of `count` nodes."""
     directory.mkdir(parents=True, exist_ok=True)
     job = JobOnNodes(directory, etcd, target, count, per_node, **options)

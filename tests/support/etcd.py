@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from base64 import b64decode, b64encode
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.support.meeting import free_port
+from tests.support.nodes import Nodes
 
 _LIMIT_S = 20
 _BINARY = shutil.which("etcd", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]))
@@ -61,7 +63,8 @@ class Certificates:
 
 
 class Etcd:
-    """One server. `url` is what `rendezvous.etcd` takes. `members`: of its cluster, as etcd writes them; empty: it is alone."""
+    """One server. `url` is what `rendezvous.etcd` takes. `members`: of its cluster, as etcd writes them; empty: it is alone. `place`: the
+    node it runs on, whose address is its host; None: this machine."""
 
     def __init__(
         self,
@@ -74,9 +77,11 @@ class Etcd:
         flags: tuple[str, ...] = (),
         certificates: Certificates | None = None,
         start: bool = True,
+        place: tuple[Nodes, int] | None = None,
     ) -> None:
         port = port or free_port(2)
-        self.directory, self._tls, self.token = directory, certificates, ""
+        self.directory, self._tls, self.token, self._place = directory, certificates, "", place
+        host = place[0].address(place[1]) if place else host
         self.url = f"{'https' if certificates else 'http'}://{host}:{port}"
         peers = f"http://{host}:{port + 1}"
         assert _BINARY is not None
@@ -84,6 +89,8 @@ class Etcd:
         self.command += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
         self.command += ["--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers]
         self.command += ["--initial-cluster", members or f"{name}={peers}", *flags, *(certificates.flags() if certificates else [])]
+        if place:
+            self.command = place[0].command(place[1], *self.command)
         if start:
             self.start()
             self.wait()
@@ -123,6 +130,9 @@ class Etcd:
         request = urllib.request.Request(f"{self.url}/v3/{what}", json.dumps(fields).encode())
         if self.token:
             request.add_header("Authorization", self.token)
+        return self._place[0].within(self._place[1], lambda: self._open(request)) if self._place else self._open(request)
+
+    def _open(self, request: urllib.request.Request) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=5, context=self._context()) as answer:
             found: dict[str, Any] = json.load(answer)
         return found
@@ -192,13 +202,18 @@ class Etcd:
 
 
 class Cluster:
-    """Several servers that are one etcd."""
+    """Several servers that are one etcd; `places`: the nodes they run on, None for this machine."""
 
-    def __init__(self, directory: Path, size: int = 3) -> None:
+    def __init__(
+        self, directory: Path, size: int = 3, *, places: Sequence[tuple[Nodes, int]] | None = None, flags: tuple[str, ...] = ()
+    ) -> None:
         first = free_port(2 * size)
-        members = ",".join(f"m{i}=http://127.0.0.1:{first + 2 * i + 1}" for i in range(size))
+        hosts = [nodes.address(number) for nodes, number in places] if places else ["127.0.0.1"] * size
+        members = ",".join(f"m{i}=http://{host}:{first + 2 * i + 1}" for i, host in enumerate(hosts))
         self.members = [
-            Etcd(directory / f"m{i}", port=first + 2 * i, name=f"m{i}", members=members, start=False) for i in range(size)
+            Etcd(directory / f"m{i}", port=first + 2 * i, name=f"m{i}", members=members, start=False, flags=flags,
+                 place=places[i] if places else None)
+            for i in range(size)
         ]  # fmt: skip
         for member in self.members:
             member.start()

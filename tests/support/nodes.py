@@ -11,13 +11,15 @@ import os
 import shutil
 import socket
 import subprocess
-import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
+T = TypeVar("T")
 _NEWNET, _NEWNS = 0x40000000, 0x00020000
 _BIND, _RECURSIVE, _SLAVE = 4096, 16384, 1 << 19
 _ETC = Path("/etc/netns")
@@ -63,6 +65,26 @@ def _setns(namespace: str) -> None:
         _call("setns", place.fileno(), _NEWNET)
 
 
+def _within(namespace: str, call: Callable[[], T]) -> T:
+    """In a thread that is moved there: the others stay."""
+
+    def moved() -> T:
+        _setns(namespace)
+        return call()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(moved).result()
+
+
+def require_one_way() -> None:
+    """Skip where links cannot be cut in one direction; in CI they must be."""
+    require_namespaces()
+    if not shutil.which("nft"):
+        if os.environ.get("CI"):
+            pytest.fail("CI cannot cut links in one direction: nft (nftables) is missing")
+        pytest.skip("nft (nftables) is missing")
+
+
 class Nodes:
     """`count` nodes, numbered from 0. `interface` is what each calls its link."""
 
@@ -75,8 +97,10 @@ class Nodes:
         self.count = count
         try:
             self._switch = self._namespace("switch")
-            ip("-n", self._switch, "link", "add", "bridge0", "type", "bridge")
+            for bridge in ("bridge0", "bridge1"):
+                ip("-n", self._switch, "link", "add", bridge, "type", "bridge")
             self._set_up(self._switch, "bridge0", "10.77.0.254")
+            ip("-n", self._switch, "link", "set", "bridge1", "up")
             for number in range(count):
                 self._plug_in(number)
         except BaseException:
@@ -109,9 +133,17 @@ class Nodes:
         """Of all."""
         return [self.address(number) for number in range(self.count)]
 
+    def command(self, number: int, *command: str) -> list[str]:
+        """A command, as it is started from anywhere to run on a node."""
+        return ["ip", "netns", "exec", f"{self._name}-{number}", *command]
+
+    def within(self, number: int, call: Callable[[], T]) -> T:
+        """What `call` returns on a node."""
+        return _within(f"{self._name}-{number}", call)
+
     def exec(self, number: int, *command: str) -> subprocess.Popen[str]:
         """Start a command on a node; its output is one pipe."""
-        line = ["ip", "netns", "exec", f"{self._name}-{number}", *command]
+        line = self.command(number, *command)
         env = {**os.environ, "GLOO_SOCKET_IFNAME": self.interface}
         return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -132,6 +164,31 @@ class Nodes:
     def mend(self, number: int) -> None:
         """Put it back."""
         ip("-n", self._switch, "link", "set", f"port{number}", "up")
+
+    def part(self, *numbers: int) -> None:
+        """These nodes reach each other and nobody else, as when the switches of two rows lose each other; every cable is in its place."""
+        for number in numbers:
+            ip("-n", self._switch, "link", "set", f"port{number}", "master", "bridge1")
+
+    def join(self, *numbers: int) -> None:
+        """They reach the rest again."""
+        for number in numbers:
+            ip("-n", self._switch, "link", "set", f"port{number}", "master", "bridge0")
+
+    def deafen(self, number: int) -> None:
+        """What is sent to a node is lost; what it sends arrives."""
+        self._drop(f"oifname port{number}")
+
+    def mute(self, number: int) -> None:
+        """What a node sends is lost; what is sent to it arrives."""
+        self._drop(f"iifname port{number}")
+
+    def _drop(self, which: str) -> None:
+        rules = "add table bridge way; add chain bridge way forward { type filter hook forward priority 0; }"
+        run(*self._on_switch(), "nft", f"{rules}; add rule bridge way forward {which} drop")
+
+    def _on_switch(self) -> list[str]:
+        return ["ip", "netns", "exec", self._switch]
 
     def slow(self, number: int, rate: str) -> None:
         """A node's line carries no more than `rate` (a word of tc, such as 8mbit) in either direction."""
@@ -161,16 +218,7 @@ class Nodes:
 
     def _socket_in(self, namespace: str) -> socket.socket:
         """A UDP socket keeps the namespace in which a thread has made it."""
-        made: list[socket.socket] = []
-
-        def make() -> None:
-            _setns(namespace)
-            made.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-
-        thread = threading.Thread(target=make)
-        thread.start()
-        thread.join()
-        return made[0]
+        return _within(namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
 
     def _forget_resolver(self) -> None:
         for number in range(self.count):

@@ -36,6 +36,8 @@ class Cluster:
     """Address at which the others reach this node; empty: the one from which it reaches etcd."""
     spare: bool = False
     """Asked to take part only in place of a node that is lost."""
+    lost_step: int | None = None
+    """It was in this job before and was expelled, when its ranks had completed this step, -1 for none; None: it comes for the first time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

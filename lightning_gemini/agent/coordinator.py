@@ -85,6 +85,8 @@ class Coordinator:
         self.nodes: Mapping[str, NodeInfo] = {}
         self.index: int | None = None
         """This node's place in the roster, None for a spare node."""
+        self.lost_step = -1
+        """See `NodeReport`."""
         self.recovery: Recovery | None = None
         self.recoveries: list[Recovered] = []
         self._open()
@@ -257,6 +259,7 @@ class Coordinator:
                 replicas=self.others.replicas() if self.others else {},
                 persisted=self.persisting.newest[0],
                 persisted_path=self.persisting.newest[1],
+                lost_step=self.lost_step,
                 stopped_s=(recovery.stopped_ns - recovery.began_ns) / 1e9,
             )
         )
@@ -388,5 +391,6 @@ def decide(generation: Generation, reports: Mapping[int, NodeReport]) -> Recover
         replicated=all(report.replicated for report in reports.values()),
         ranks_per_node=len(ranks) // len(reports),
         replicas={index: report.replicas for index, report in reports.items()},
+        lost=max(report.lost_step for report in reports.values()),
         persisted=max((report.persisted, report.persisted_path) for report in reports.values()),
     )

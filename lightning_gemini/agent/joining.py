@@ -46,6 +46,7 @@ def through_etcd(cluster: Cluster, options: Options) -> Join:
         others = Others(node.say)
         membership = _membership(options.membership, cluster, node)
         node.coordinator.membership = membership
+        node.coordinator.lost_step = -1 if cluster.lost_step is None else cluster.lost_step
         host = cluster.host or _address_towards(options.membership.etcd[0])
         others.exchange = Exchange(job=cluster.job, token=options.token, node=name, host=host, observer=others)
         others.mesh = Mesh(others.exchange, selector, membership.suspect, node.end_after)
@@ -60,6 +61,7 @@ def through_etcd(cluster: Cluster, options: Options) -> Join:
                 domain=cluster.domain,
                 preferred=cluster.node_rank,
                 spare=cluster.spare,
+                again=cluster.lost_step is not None,
                 script=_digest(options.script),
             )
         )

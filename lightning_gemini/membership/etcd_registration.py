@@ -3,8 +3,8 @@
 Seam: `register`; afterwards the view has been read and has this node in it. The node registers first and looks then, so that of two that do
 not fit, always the later one sees the other and leaves.
 
-What fails: etcd does not answer -> tried again until the deadline, then `ConnectionError`; it refuses, or this node cannot be in the job ->
-`ValueError`, and the registration is withdrawn.
+What fails: etcd does not answer -> tried again until the deadline, then `ConnectionError`; it refuses, this node cannot be in the job, or
+comes back to one that is not there any more -> `ValueError`, and the registration is withdrawn.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from urllib.parse import unquote
 
 from lightning_gemini.membership import roster
 from lightning_gemini.membership.etcd_gateway import Access, Gateway, Refused, Unavailable
@@ -63,6 +64,11 @@ def _create(info: NodeInfo, gateway: Gateway, lease: Lease, view: View) -> None:
     held = view.held(key)
     if held is None or held.lease != lease.id:
         raise ValueError(f"node={info.node!r} is in this job already: give each agent a name of its own")
+    if info.again and view.formed is None:
+        raise ValueError(
+            f"job={unquote(view.prefix.split('/')[-2])!r} is not in etcd any more: it has ended, or etcd was wiped, while this node was cut "
+            "off; start the job again if it was not done"
+        )
     others = view.formed.nodes if view.formed is not None else view.nodes
     roster.agree(next(iter(others.values())), info)
 

@@ -31,6 +31,8 @@ class NodeInfo(msgspec.Struct, kw_only=True):
     spare: bool = False
     """Takes part only in place of another."""
     version: int = VERSION
+    again: bool = False
+    """It was in this job before and was expelled."""
     script: str = ""
     """Digest of the command line and of the package's version: all nodes run the same."""
 
@@ -63,6 +65,8 @@ class NodeReport(msgspec.Struct, kw_only=True):
     """Newest step that this node knows to be complete in persistent storage."""
     persisted_path: str = ""
     """Of that checkpoint."""
+    lost_step: int = -1
+    """Newest step that this agent's ranks had completed in an earlier life, from which it was expelled; -1 for none."""
     stopped_s: float = 0.0
     """From the moment this node saw the generation until its ranks stood still."""
 

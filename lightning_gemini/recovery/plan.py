@@ -124,6 +124,7 @@ def plan(
     ranks_per_node: int = 0,
     replicas: Replicas | None = None,
     persisted: tuple[int, str] = (-1, ""),
+    lost: int = -1,
 ) -> RecoveryPlan:
     """Decide a recovery.
 
@@ -132,6 +133,7 @@ def plan(
         ranks_per_node: 0 for all on one node.
         replicas: what nodes keep of each other.
         persisted: step (-1 if there is none) and path of the newest checkpoint in persistent storage.
+        lost: newest step of which a node knows that it was completed, although nothing of it may be left.
     """
     if not ranks:
         raise ValueError("ranks={} is not valid: give the inventory of every rank of the world")
@@ -140,7 +142,7 @@ def plan(
     known = [inventory.boundary for inventory in ranks.values() if not inventory.lost]
     newest = min(known, default=-1)
     if newest < 0:
-        return _from_storage(job, -1, "a rank had no boundary yet" if known else "no rank has anything left")
+        return _from_storage(job, lost, "a rank had no boundary yet" if known else "no rank has anything left")
     target = newest
     for rank in lost:
         steps = {step for step in job.restorable(rank) if step <= target}

@@ -135,6 +135,17 @@ def _parameter(name: str, optimizers: list[Optimizer]) -> torch.Tensor:
     return parameters_of(optimizers[int(number)])[int(index)]
 
 
+def require_same(found: Segment, entries: Mapping[str, Entry]) -> None:
+    """Raise `ValueError` where a snapshot is of another model than this process has built."""
+    entry = entries.get(found.name)
+    mine = (tuple(entry.tensor.shape), str(entry.tensor.dtype).removeprefix("torch.")) if entry else (found.shape, found.dtype)
+    if mine != (found.shape, found.dtype):
+        raise ValueError(
+            f"the snapshot has {found.name} as {found.dtype} {list(found.shape)}, this process has built it as {mine[1]} {list(mine[0])}: "
+            "all nodes must run the same script, with the same options and versions"
+        )
+
+
 def target_of(found: Segment, live: Mapping[str, torch.Tensor], optimizers: list[Optimizer]) -> torch.Tensor:
     """The live tensor a segment belongs to; optimizer state that does not exist yet is created."""
     if found.name in live:

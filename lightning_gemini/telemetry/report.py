@@ -32,33 +32,42 @@ class Summary:
 
 
 def summarize(directory: str) -> Summary:
-    """Read a run's folder."""
-    path = os.path.join(directory, "agent.jsonl")
-    if not os.path.exists(path):
-        raise ValueError(f"{directory!r} has no agent.jsonl: give the telemetry.directory of a run (default: <default_root_dir>/gemini)")
-    agent = read_events(path)
-    begin = max(i for i, event in enumerate(agent) if event["event"] == "start")  # the newest run of the folder
-    agent = agent[begin:]
-    started, job = agent[0]["time"], agent[0]["job"]
-    recoveries = [event for event in agent if event["event"] == "recovered"]
+    """Read a run's folder: the newest run, with the agents of all its nodes."""
+    everything = [event for path in _files(directory, "agent") for event in read_events(path)]
+    starts = [event for event in everything if event["event"] == "start"]
+    if not starts:
+        raise ValueError(f"{directory!r} has no agent*.jsonl of a run: give its telemetry.directory (default: <default_root_dir>/gemini)")
+    job = max(starts, key=lambda event: float(event["time"]))["job"]
+    agents = sorted((event for event in everything if event["job"] == job), key=lambda event: float(event["time"]))
+    recoveries = {event["generation"]: event for event in agents if event["event"] == "recovered"}  # each node's agent says so
     pids: dict[int, list[int]] = {}
     injected = 0
-    for name in sorted(os.listdir(directory)):
-        if not (name.startswith("rank") and name.endswith(".jsonl")):
-            continue
-        events = [event for event in read_events(os.path.join(directory, name)) if event["job"] == job]
+    for path in _files(directory, "rank"):
+        events = [event for event in read_events(path) if event["job"] == job]
         joined = [event for event in events if event["event"] == "joined"]
         if joined:
             pids[joined[0]["rank"]] = list(dict.fromkeys(event["pid"] for event in joined))
         injected += sum(event["event"] == "fault_injected" for event in events)
     return Summary(
-        elapsed_s=agent[-1]["time"] - started,
-        faults=sum(event["event"] == "fault" for event in agent),
+        elapsed_s=agents[-1]["time"] - agents[0]["time"],
+        faults=_faults(agents),
         injected=injected,
-        recoveries=recoveries,
-        repeated_steps=sum(event["repeated_steps"] for event in recoveries),
+        recoveries=list(recoveries.values()),
+        repeated_steps=sum(event["repeated_steps"] for event in recoveries.values()),
         pids=pids,
     )
+
+
+def _files(directory: str, kind: str) -> list[str]:
+    names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    return [os.path.join(directory, name) for name in names if name.startswith(kind) and name.endswith(".jsonl")]
+
+
+def _faults(agents: list[dict[str, Any]]) -> int:
+    """Of ranks, as their agents have seen them, and losses of nodes, which nobody there could see."""
+    faults = [event["reason"] for event in agents if event["event"] == "fault"]
+    generations = {event["generation"]: event["reason"] for event in agents if event["event"] == "recover"}
+    return len(faults) + sum(reason not in faults for reason in generations.values())
 
 
 def text(summary: Summary) -> str:

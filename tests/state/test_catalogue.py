@@ -7,9 +7,8 @@ import torch
 
 from lightning_gemini.snapshot.manifest import Segment
 from lightning_gemini.state import catalogue as module
-from lightning_gemini.state.catalogue import Entry, copy_in, layout, parameters_of, target_of
+from lightning_gemini.state.catalogue import Entry, copy_in, layout, parameters_of, require_same, target_of
 from lightning_gemini.state.ownership import Layout, owned
-
 
 
 def catalogue(
@@ -123,3 +122,11 @@ def test_state_that_is_there_is_not_made_again() -> None:
 def test_a_parameter_that_the_model_lacks_is_an_error() -> None:
     with pytest.raises(AssertionError, match="param/gone is in the snapshot but not in the model"):
         target_of(Segment("param/gone", (1,), "float32", "", 0, 4), {}, [])
+
+
+def test_a_parameter_of_another_shape_is_an_error() -> None:
+    model = torch.nn.Linear(2, 3)
+    entries = {entry.name: entry for entry in catalogue(model, [], replicated=True)}
+    with pytest.raises(ValueError, match=r"param/weight as float32 \[4, 3\], this process has built it as float32 \[3, 2\]"):
+        require_same(Segment("param/weight", (4, 3), "float32", "", 0, 48), entries)
+    require_same(Segment("param/weight", (3, 2), "float32", "", 0, 24), entries)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import MIB, Check, Report, main, number, progress
-from benchmarks.nodes_job import Mark, Recipe, Site, completed_after, ended, kill, marks, open_gate, passed, replicated, site, sizes, spare_ready
+from benchmarks.nodes_faults import lose_nodes
+from benchmarks.nodes_job import Mark, Recipe, Site, marks, site, sizes
 from benchmarks.replication import Process, bare_seconds, memcpy_seconds, node_process
 from tests.support.cluster import JobOnNodes
 
@@ -72,31 +73,11 @@ class Found:
     """Seconds from each kill until all ranks had completed another step."""
 
 
-def _lose(job: JobOnNodes, recipe: Recipe) -> list[float]:
-    """At each gate a node dies; the two places take turns. Returns the seconds until all ranks have completed another step."""
-    here, seconds = [0, 1], []
-    for turn, gate in enumerate(recipe.gates):
-        place, spare = (turn + 1) % 2, 2 + turn
-        ready = lambda gate=gate, spare=spare: passed(job, gate) and replicated(job, gate) and spare_ready(job, spare)  # noqa: E731
-        job.until(ready, f"the gate of step {gate}", 120.0)
-        open_gate(job, gate)
-        at = kill(job, here[place])
-        here[place] = spare
-        if turn + 1 < len(recipe.gates):
-            job.start(spare + 1, spare=True)
-        went_on = lambda gate=gate, at=at: completed_after(job.directory, recipe.world, gate, at) < float("inf")  # noqa: E731
-        job.until(went_on, f"a step after the loss in step {gate}", 120.0)
-        seconds.append(completed_after(job.directory, recipe.world, gate, at))
-    return seconds
-
-
 def _job(place: Site, size: Size) -> Found:
     recipe = size.recipe
     job = place.start(recipe, spares=1)
     try:
-        whole = _lose(job, recipe)
-        victims = [number for number in job.statuses if number in (0, 1) or job.statuses[number] < 0]
-        ended(job, tuple(victims))
+        whole = lose_nodes(job, recipe)
     finally:
         job.stop()
     return _read(job, size, whole)
@@ -156,17 +137,19 @@ def _report(report: Report, size: Size, found: Found, alone: dict[str, list[floa
     report.spreads("Node lost: seconds by phase", {name: [phases[name] for phases in found.lost] for name in names})
     cpu = (found.rank_cpu + found.agent_cpu) / found.gib
     both = [value / (size.mib / 1024) for value in bare[1]]
-    rows = [["ranks: capture, hash, wait", number(found.rank_cpu / found.gib)], ["agents: send, receive, verify, vote", number(found.agent_cpu / found.gib)],
-            ["bare sockets, both ends", number(statistics.median(both))]]  # fmt: skip
+    parts = {"ranks: capture, hash, wait": found.rank_cpu / found.gib, "agents: send, receive, verify, vote": found.agent_cpu / found.gib,
+             "bare sockets, both ends": statistics.median(both)}  # fmt: skip
+    rows = [[name, number(value)] for name, value in parts.items()]
     report.table("CPU seconds per GiB saved and replicated, means over the job", ["", "s/GiB"], rows)
     report.check(Check(f"CPU per GiB saved and replicated, in the job, {of}", cpu, _CPU, unit=" s/GiB"))
     loaded = statistics.median(phases["restore"] for phases in found.lost)
     report.check(Check(f"load after a node loss, in the job, {of}", loaded, _LOAD_S, unit=" s"))
-    report.check(Check(f"load after a node loss, exchange alone, {of}", statistics.median(alone["exchange alone: fetch"]), _LOAD_S, unit=" s"))
+    fetched = statistics.median(alone["exchange alone: fetch"])
+    report.check(Check(f"load after a node loss, exchange alone, {of}", fetched, _LOAD_S, unit=" s"))
     report.say(
-        "The clock of a snapshot starts at the optimizer's last write and stops when the other node has verified and acknowledged it. In the "
-        "job both nodes send and receive at the same time, beside the training's own traffic and computation, on the same cores. CPU seconds "
-        "of ranks are those of the whole process from that write to the next step; those of agents are all they have spent."
+        "The clock of a snapshot starts at the optimizer's last write and stops when the other node has verified and acknowledged it. In "
+        "the job both nodes send and receive at the same time, beside the training's own traffic and computation, on the same cores. CPU "
+        "seconds of ranks are those of the whole process from that write to the next step; those of agents are all they have spent."
     )
 
 

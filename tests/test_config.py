@@ -17,13 +17,25 @@ from lightning_gemini.config import (
     FAULT_POINTS,
     FaultConfig,
     GeminiConfig,
+    MembershipConfig,
+    PersistentConfig,
     RecoveryConfig,
+    ReplicationConfig,
     SnapshotConfig,
     TelemetryConfig,
     parse,
 )
 
-KINDS = [SnapshotConfig, RecoveryConfig, TelemetryConfig, FaultConfig, GeminiConfig]
+KINDS = [
+    SnapshotConfig,
+    RecoveryConfig,
+    TelemetryConfig,
+    ReplicationConfig,
+    MembershipConfig,
+    PersistentConfig,
+    FaultConfig,
+    GeminiConfig,
+]
 
 
 def test_nothing_gives_the_defaults() -> None:
@@ -43,6 +55,9 @@ def test_nested_mappings(wrap: Any) -> None:
             "snapshot": {"every_n_steps": 2, "background": False},
             "recovery": {"heartbeat_timeout_s": 5},
             "telemetry": {"directory": "events"},
+            "replication": {"copies": 3, "when_behind": "wait"},
+            "membership": {"user": "train", "lease_ttl_s": 10},
+            "persistent": {"url": "s3://bucket/run", "keep_every_n_steps": 100},
             "faults": [{"kind": "kill", "rank": 1, "step": 7}],
         }
     )
@@ -50,8 +65,19 @@ def test_nested_mappings(wrap: Any) -> None:
         snapshot=SnapshotConfig(every_n_steps=2, background=False),
         recovery=RecoveryConfig(heartbeat_timeout_s=5.0),
         telemetry=TelemetryConfig(directory="events"),
+        replication=ReplicationConfig(copies=3, when_behind="wait"),
+        membership=MembershipConfig(user="train", lease_ttl_s=10),
+        persistent=PersistentConfig(url="s3://bucket/run", keep_every_n_steps=100),
         faults=[FaultConfig(kind="kill", rank=1, step=7)],
     )
+
+
+@pytest.mark.parametrize(
+    "wrap", [dict, pytest.param(OmegaConf.create, marks=pytest.mark.xfail(reason="`_convert` takes no ListConfig"))], ids=["dict", "omegaconf"]
+)
+def test_a_list_of_texts(wrap: Any) -> None:
+    value = wrap({"membership": {"etcd": ["http://a:2379", "https://b"]}})
+    assert parse(GeminiConfig, value).membership.etcd == ["http://a:2379", "https://b"]
 
 
 def test_an_absent_group_is_its_defaults() -> None:
@@ -107,6 +133,22 @@ def test_options_are_keyword_only_slotted_and_documented(kind: Any) -> None:
         ({"recovery": {"heartbeat_timeout_s": 1}}, "recovery.heartbeat_timeout_s", "1", "2 seconds or more"),
         ({"recovery": {"regroup_timeout_s": 0}}, "recovery.regroup_timeout_s", "0", "a positive number of seconds"),
         ({"recovery": {"collective_timeout_s": -3}}, "recovery.collective_timeout_s", "-3", "a positive number of seconds"),
+        ({"replication": {"copies": 0}}, "replication.copies", "0", "1 to 16"),
+        ({"replication": {"copies": 17}}, "replication.copies", "17", "1 to 16"),
+        ({"replication": {"when_behind": "hurry"}}, "replication.when_behind", "'hurry'", "choose skip or wait"),
+        ({"membership": {"etcd": "http://a"}}, "membership.etcd", "'http://a'", "Expected `array`"),
+        ({"membership": {"lease_ttl_s": 1}}, "membership.lease_ttl_s", "1", "2 or more"),
+        ({"membership": {"lease_ttl_s": 2.5}}, "membership.lease_ttl_s", "2.5", "Expected `int`"),
+        ({"membership": {"cert": "c.pem"}}, "membership.cert", "'c.pem'", "give membership.key too"),
+        ({"membership": {"key": "k.pem"}}, "membership.cert", "None", "give membership.key too, or neither"),
+        ({"membership": {"join_timeout_s": 0}}, "membership.join_timeout_s", "0", "a positive number of seconds"),
+        ({"membership": {"vacancy_timeout_s": -1}}, "membership.vacancy_timeout_s", "-1", "a positive number of seconds"),
+        ({"membership": {"password": "x"}}, "membership.password", "password", "Known keys are etcd, ca, cert, key, user"),
+        ({"persistent": {"every_n_steps": 0}}, "persistent.every_n_steps", "0", "1 or more"),
+        ({"persistent": {"keep_last": 0}}, "persistent.keep_last", "0", "1 or more"),
+        ({"persistent": {"keep_every_n_steps": 0}}, "persistent.keep_every_n_steps", "0", "or leave it out"),
+        ({"persistent": {"resume": ""}}, "persistent.resume", "''", "choose auto, never or a checkpoint's path"),
+        ({"persistent": {"every_minutes": 10}}, "persistent.every_minutes", "every_minutes", "did you mean"),
         ({"faults": [{"kind": "kil", "rank": 0, "step": 1}]}, "faults.kind", "'kil'", "choose one of kill, raise"),
         ({"faults": [{"kind": "kill", "rank": 0, "step": 1, "where": "x"}]}, "faults.where", "'x'", "choose one of before_step"),
         ({"faults": [{"kind": "kill", "rank": -1, "step": 1}]}, "faults.rank", "-1", "0 or more"),

@@ -37,7 +37,7 @@ class Cluster:
     spare: bool = False
     """Asked to take part only in place of a node that is lost."""
     lost_step: int | None = None
-    """It was in this job before and was expelled, when its ranks had completed this step, -1 for none; None: it comes for the first time."""
+    """It was in this job before and was expelled, when its ranks had completed this step (-1: none); None: it comes for the first time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

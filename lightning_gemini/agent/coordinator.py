@@ -377,6 +377,10 @@ class Coordinator:
                   repeated_steps=outcome.repeated_steps)  # fmt: skip
         return summary
 
+    def remember_lost(self) -> None:
+        """This node is expelled, its ranks end: only how far they were goes on with it."""
+        self.lost_step = max(self.lost_step, *(step_of(self.board.get(place, BOUNDARY)) for place in range(self.ranks_per_node)))
+
     def emit(self, event: str, **fields: object) -> None:
         """Telemetry."""
         if self.events is not None:

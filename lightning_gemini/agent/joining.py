@@ -62,6 +62,7 @@ def through_etcd(cluster: Cluster, options: Options) -> Join:
                 preferred=cluster.node_rank,
                 spare=cluster.spare,
                 again=cluster.lost_step is not None,
+                token=hashlib.blake2b(cluster.job.encode(), key=options.token[:64], digest_size=8).hexdigest(),
                 script=_digest(options.script),
             )
         )

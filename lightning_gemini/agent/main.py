@@ -6,11 +6,11 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
 
 from lightning_gemini.agent import waiting
 from lightning_gemini.agent.cluster import Cluster, cluster
 from lightning_gemini.agent.job import Join, alone
+from lightning_gemini.agent.lives import live
 from lightning_gemini.agent.spawn import ExecSpawner
 from lightning_gemini.agent.supervisor import Supervisor
 from lightning_gemini.config import MembershipConfig, parse
@@ -82,11 +82,7 @@ def _supervise(here: Cluster, options: argparse.Namespace, command: list[str]) -
         status = Supervisor(spawner, here.ranks_per_node, alone).run()
         assert status is not None, "nobody can expel the only node"
         return status
-    while True:
-        status = Supervisor(spawner, here.ranks_per_node, _join(here, options, command)).run()
-        if status is not None:
-            return status
-        here = replace(here, node_rank=-1, spare=True)  # it was cut off; its place is taken, it may be of use yet
+    return live(here, lambda here: Supervisor(spawner, here.ranks_per_node, _join(here, options, command)))
 
 
 def _join(here: Cluster, options: argparse.Namespace, command: list[str]) -> Join:

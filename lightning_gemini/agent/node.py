@@ -206,6 +206,7 @@ class Node:
     def on_expelled(self, why: str) -> None:
         """See `membership.base.Observer`."""
         self.expelled = True
+        self.coordinator.remember_lost()
         self.coordinator.emit("expelled", reason=why)
         self.say(f"this node has left the job: {why}")
 

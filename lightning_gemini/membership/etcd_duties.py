@@ -155,7 +155,7 @@ def _plan(view: View, now: Generation, decide: Decide) -> Change | None:
 
 def _account(view: View, now: Generation) -> Change | None:
     plan, done, key = view.plan(now.number), view.completed(now.number), number_key("recovered", now.number)
-    if plan is None or len(done) < 1 or view.value(key) is not None:
+    if plan is None or len(done) < len(now.roster) or view.value(key) is not None:
         return None
     summary = generations.outcome(now, plan, view.reports(now.number).values(), done.values())
     return Change(puts={key: summary}, unchanged=view.at(key, "generation"))

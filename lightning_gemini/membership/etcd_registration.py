@@ -66,8 +66,8 @@ def _create(info: NodeInfo, gateway: Gateway, lease: Lease, view: View) -> None:
         raise ValueError(f"node={info.node!r} is in this job already: give each agent a name of its own")
     if info.again and view.formed is None:
         raise ValueError(
-            f"job={unquote(view.prefix.split('/')[-2])!r} is not in etcd any more: it has ended, or etcd was wiped, while this node was cut "
-            "off; start the job again if it was not done"
+            f"membership.etcd: job {unquote(view.prefix.split('/')[-2])!r} is not there any more. It has ended, or etcd was wiped, while "
+            "this node was cut off: if it was not done, start it again"
         )
     others = view.formed.nodes if view.formed is not None else view.nodes
     roster.agree(next(iter(others.values())), info)

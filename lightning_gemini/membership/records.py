@@ -33,6 +33,8 @@ class NodeInfo(msgspec.Struct, kw_only=True):
     version: int = VERSION
     again: bool = False
     """It was in this job before and was expelled."""
+    token: str = ""
+    """Shows that it knows the job's secret, and not what that is."""
     script: str = ""
     """Digest of the command line and of the package's version: all nodes run the same."""
 

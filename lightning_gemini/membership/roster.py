@@ -16,6 +16,7 @@ VACANT = ""
 _SAME = {
     "ranks_per_node": "start the same number of ranks on every node",
     "version": "install the same version of lightning_gemini on every node",
+    "token": "give every node the same secret, in LIGHTNING_GEMINI_TOKEN or --token-file",
     "script": "start the same command line, with the same version of lightning_gemini, on every node",
 }
 

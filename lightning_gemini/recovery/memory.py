@@ -26,7 +26,7 @@ from lightning_gemini.snapshot.collective_log import CollectiveLog
 from lightning_gemini.snapshot.cuda import SideStream, pin
 from lightning_gemini.snapshot.manifest import Segment, manifest_of
 from lightning_gemini.snapshot.slots import CorruptSnapshot, Slot, SlotFile
-from lightning_gemini.state.catalogue import Entry, copy_in, holders_of, require_same, parameters_of, target_of, wanted
+from lightning_gemini.state.catalogue import Entry, copy_in, holders_of, parameters_of, require_same, target_of, wanted
 from lightning_gemini.state.ownership import Layout, Owned, owned
 
 _MIB = 1 << 20

@@ -59,8 +59,8 @@ class RankInventory:
 
     @property
     def lost(self) -> bool:
-        """Nothing of it is left on its node."""
-        return not self.alive and self.boundary < 0 and not self.tensors
+        """It died with its node: the new one has no boundary of it. `tensors` are what that has fetched, in a recovery cut short."""
+        return not self.alive and self.boundary < 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ class Inventory:
     def restorable(self, rank: int) -> set[int]:
         """Steps at which the snapshot of a lost rank can be had."""
         steps = {step for kept in self.replicas.values() for step in kept.get(rank, ())}
-        return {step for step in steps if self.fetch(rank, step) is not None}
+        return {step for step in steps if self.fetch(rank, step) is not None} | self.ranks[rank].tensors
 
 
 def plan(
@@ -138,13 +138,13 @@ def plan(
     if not ranks:
         raise ValueError("ranks={} is not valid: give the inventory of every rank of the world")
     job = Inventory(ranks, replicated, ranks_per_node or len(ranks), replicas or {}, persisted)
-    lost = [rank for rank, inventory in ranks.items() if inventory.lost]
+    gone = [rank for rank, inventory in ranks.items() if inventory.lost]
     known = [inventory.boundary for inventory in ranks.values() if not inventory.lost]
-    newest = min(known, default=-1)
+    newest = min(known) if known else max((step for rank in gone for step in job.restorable(rank)), default=-1)
     if newest < 0:
         return _from_storage(job, lost, "a rank had no boundary yet" if known else "no rank has anything left")
     target = newest
-    for rank in lost:
+    for rank in gone:
         steps = {step for step in job.restorable(rank) if step <= target}
         if not steps:
             return _from_storage(job, newest, f"nothing of rank {rank} is left in any node's memory")

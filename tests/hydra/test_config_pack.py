@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -19,6 +21,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_gemini.config import FaultConfig, GeminiConfig, parse
+
+ROOT = Path(__file__).parents[2]
 
 PLAIN = {"train.yaml": "trainer: {devices: 2, strategy: ddp}\n"}
 """As in NeMo's recipes: the strategy is a word in the primary config."""
@@ -64,9 +68,10 @@ def app(tmp_path: Path) -> Iterator[App]:
 
 
 def options(strategy: DictConfig) -> GeminiConfig:
-    """What the strategy makes of its arguments: OmegaConf nodes, as `instantiate` passes them on."""
-    names = [f.name for f in dataclasses.fields(GeminiConfig)]
-    return parse(GeminiConfig, {name: strategy[name] for name in names})
+    """What the strategy makes of its arguments: plain values, as `instantiate` passes them on with `_convert_: all`."""
+    given = OmegaConf.to_container(strategy, resolve=True)
+    assert isinstance(given, dict)
+    return parse(GeminiConfig, {f.name: given[f.name] for f in dataclasses.fields(GeminiConfig)})
 
 
 def typed_leaves(value: Any, key: str = "") -> dict[str, tuple[type, Any]]:
@@ -78,7 +83,10 @@ def typed_leaves(value: Any, key: str = "") -> dict[str, tuple[type, Any]]:
 
 @pytest.mark.parametrize(
     ("choice", "own"),
-    [("gemini", {"_target_"}), ("gemini_fsdp2", {"_target_", "data_parallel_size", "tensor_parallel_size"})],
+    [
+        ("gemini", {"_target_", "_convert_"}),
+        ("gemini_fsdp2", {"_target_", "_convert_", "data_parallel_size", "tensor_parallel_size"}),
+    ],
 )
 def test_yaml_equals_dataclasses(app: App, choice: str, own: set[str]) -> None:
     given = OmegaConf.to_container(app.compose(f"+strategy={choice}").trainer.strategy)
@@ -86,6 +94,28 @@ def test_yaml_equals_dataclasses(app: App, choice: str, own: set[str]) -> None:
     settings = {name: item for name, item in given.items() if name not in own}
     assert given.keys() - settings.keys() == own
     assert typed_leaves(settings) == typed_leaves(dataclasses.asdict(GeminiConfig()))
+
+
+def test_yaml_says_of_each_key_what_the_dataclass_says() -> None:
+    """But for line breaks, and for how Python and YAML write nothing, true and false."""
+    text = (ROOT / "configs" / "strategy" / "gemini.yaml").read_text()
+    for name, kind in get_type_hints(GeminiConfig).items():
+        if not dataclasses.is_dataclass(kind):
+            continue
+        (about, section) = re.findall(rf"^# (.*)\n{name}:\n((?:  .*\n)+)", text, re.MULTILINE)[0]
+        commented = {key: words(comment) for comment, key in re.findall(r"((?:  # .*\n)+)  (\w+): ", section)}
+        documented = {field: words(told) for field, told in re.findall(r'^    (\w+): .*\n    """(.*?)"""', source(kind), re.DOTALL | re.MULTILINE)}
+        assert about == kind.__doc__
+        assert list(commented) == list(documented) == [field.name for field in dataclasses.fields(kind)]
+        assert commented == documented
+
+
+def source(kind: Any) -> str:
+    return inspect.getsource(kind).replace("None:", "null:").replace("False ", "false ").replace("True ", "true ")
+
+
+def words(text: str) -> str:
+    return " ".join(text.replace("  # ", " ").split())
 
 
 @pytest.mark.parametrize("project", [PLAIN, TEMPLATE], ids=["plain", "template"])
@@ -144,6 +174,37 @@ def test_settings_are_overridden(app: App) -> None:
     assert got == want
 
 
+SETTINGS = {
+    "replication.copies": 3,
+    "replication.when_behind": "wait",
+    "membership.etcd": ["http://10.0.0.1:2379", "https://etcd1.example.com"],
+    "membership.ca": "/etc/ca.pem",
+    "membership.user": "train",
+    "membership.lease_ttl_s": 7,
+    "membership.join_timeout_s": 30.5,
+    "membership.vacancy_timeout_s": 40.0,
+    "persistent.url": "s3://bucket/run-7",
+    "persistent.every_n_steps": 50,
+    "persistent.keep_last": 4,
+    "persistent.keep_every_n_steps": 1000,
+    "persistent.resume": "never",
+}
+
+
+@pytest.mark.parametrize("choice", ["+strategy=gemini", "+strategy=gemini_fsdp2", "+gemini=default", "+gemini=fsdp2"])
+def test_settings_of_several_nodes(app: App, choice: str) -> None:
+    given = [f"trainer.strategy.{key}={str(value).replace(chr(39), '')}" for key, value in SETTINGS.items()]
+    certificate = ["trainer.strategy.membership.cert=/c.pem", "trainer.strategy.membership.key=/k.pem"]  # neither is valid alone
+    got = options(app.compose(choice, *given, *certificate).trainer.strategy)
+    for key, value in SETTINGS.items():
+        group, name = key.split(".")
+        assert getattr(getattr(got, group), name) == value
+    assert (got.membership.cert, got.membership.key) == ("/c.pem", "/k.pem")
+    covered = {*SETTINGS, "membership.cert", "membership.key"}
+    groups = ("replication", "membership", "persistent")
+    assert covered == {f"{group}.{name}" for group in groups for name in dataclasses.asdict(getattr(got, group))}
+
+
 def test_settings_in_the_users_file(app: App) -> None:
     app.write({"train.yaml": "defaults: [{strategy: gemini}, _self_]\ntrainer: {strategy: {snapshot: {every_n_steps: 4}}}\n"})
     assert options(app.compose().trainer.strategy).snapshot.every_n_steps == 4
@@ -163,7 +224,7 @@ def test_drills(app: App, preset: str, fault: FaultConfig) -> None:
 
 
 def test_every_preset_in_the_pack_is_tested_and_parses(app: App) -> None:
-    presets = sorted(p.stem for p in (Path(__file__).parents[2] / "configs" / "faults").glob("*.yaml"))
+    presets = sorted(p.stem for p in (ROOT / "configs" / "faults").glob("*.yaml"))
     assert presets == ["kill_rank", "raise"]
 
 
@@ -184,6 +245,11 @@ def test_mistyped_override_is_refused_by_hydra(app: App) -> None:
         ("+trainer.strategy.snapshot.evry_n_steps=2", r"snapshot\.evry_n_steps.*did you mean 'every_n_steps'"),
         ("trainer.strategy.snapshot.every_n_steps=two", r"snapshot\.every_n_steps='two' is not valid: Expected `int`, got `str`"),
         ("trainer.strategy.snapshot.every_n_steps=0", r"snapshot\.every_n_steps=0 is not valid: .*1 or more"),
+        ("+trainer.strategy.replication.copys=2", r"replication\.copys.*did you mean 'copies'"),
+        ("trainer.strategy.replication.when_behind=hurry", r"replication\.when_behind='hurry' is not valid: choose skip or wait"),
+        ("trainer.strategy.membership.etcd=[etcd:2379]", r"membership\.etcd='etcd:2379' is not valid: give URLs"),
+        ("trainer.strategy.membership.cert=/c.pem", r"membership\.cert='/c.pem' is not valid: give membership\.key too"),
+        ("trainer.strategy.persistent.every_n_steps=0", r"persistent\.every_n_steps=0 is not valid: .*1 or more"),
         ("trainer.strategy.snapshot=2", r"snapshot=2 is not valid: give a mapping"),
         ("trainer.strategy.faults=[{kind:kil,rank:0,step:1}]", r"faults.*kind='kil' is not valid: choose one of kill"),
     ],
@@ -202,11 +268,11 @@ def test_typo_in_the_users_file_is_refused_when_instantiated(app: App) -> None:
         instantiate(app.compose().trainer.strategy)
 
 
-@pytest.mark.parametrize("convert", ["none", "partial", "object", "all"])
+@pytest.mark.parametrize("convert", ["partial", "object", "all"])
 def test_instantiates_the_strategy(app: App, convert: str) -> None:
     from lightning_gemini import GeminiStrategy
 
-    cfg = app.compose("+strategy=gemini", f"+trainer.strategy._convert_={convert}", "+faults=kill_rank")
+    cfg = app.compose("+strategy=gemini", f"trainer.strategy._convert_={convert}", "+faults=kill_rank")
     assert isinstance(instantiate(cfg.trainer.strategy), GeminiStrategy)
 
 
@@ -245,13 +311,12 @@ def test_other_apps_pay_nothing(app: App) -> None:
 @pytest.mark.parametrize("shipped", [True, False], ids=["wheel", "without_pack"])
 def test_directory_in_an_installed_package(tmp_path: Path, shipped: bool) -> None:
     """In a wheel the pack lies inside the package, which must be found without running it; where there is none, nothing is added."""
-    root = Path(__file__).parents[2]
     package = tmp_path / "lightning_gemini"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('was imported')\n")
     if shipped:
-        shutil.copytree(root / "configs", package / "configs")
+        shutil.copytree(ROOT / "configs", package / "configs")
     code = "from hydra_plugins.lightning_gemini_plugin.searchpath import config_directory; print(config_directory())"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env, cwd=tmp_path, check=True)
     assert done.stdout.strip() == (str(package / "configs") if shipped else "None")

@@ -21,6 +21,7 @@ import psutil
 
 from lightning_gemini.agent.cluster import Cluster
 from lightning_gemini.agent.joining import Options, through_etcd
+from lightning_gemini.agent.lives import live
 from lightning_gemini.agent.spawn import ForkSpawner
 from lightning_gemini.agent.supervisor import Supervisor
 from lightning_gemini.config import MembershipConfig
@@ -44,6 +45,10 @@ class JobOnNodes:
     membership: dict[str, Any] = field(default_factory=dict)
     agents: dict[int, int] = field(default_factory=dict)
     statuses: dict[int, int] = field(default_factory=dict)
+    tokens: dict[int, bytes] = field(default_factory=dict)
+    """Of nodes that have another one."""
+    scripts: dict[int, str] = field(default_factory=dict)
+    """Of nodes that run another one."""
     groups: dict[int, int] = field(default_factory=dict)
     """node -> process group, also of nodes that have ended."""
 
@@ -75,13 +80,16 @@ class JobOnNodes:
         else:
             host = f"127.0.0.{number + 1}"
         rank = number if number < self.count else -1
-        here = Cluster(nnodes=self.count, ranks_per_node=self.per_node, node_rank=rank, job=self.directory.name, host=host, **options)
+        options = {"ranks_per_node": self.per_node, **options}
+        here = Cluster(nnodes=self.count, node_rank=rank, job=self.directory.name, host=host, **options)
         config = MembershipConfig(etcd=self.etcd, **self.membership)
-        while True:
-            join = through_etcd(here, Options(membership=config, token=TOKEN))
-            status = Supervisor(ForkSpawner(self.target), self.per_node, join, storage=storage_process).run()
-            if status is not None:
-                return status
+        told = Options(membership=config, token=self.tokens.get(number, TOKEN), script=["script", self.scripts.get(number, "")])
+        spawner = ForkSpawner(self.target)
+        try:
+            return live(here, lambda here: Supervisor(spawner, here.ranks_per_node, through_etcd(here, told), storage=storage_process))
+        except (ValueError, ConnectionError) as error:  # as `agent.main` does
+            print(f"lightning-gemini: {error}", file=sys.stderr)
+            return 2
 
     def kill(self, number: int) -> None:
         """All processes of a node, at once."""

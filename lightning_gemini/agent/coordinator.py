@@ -25,7 +25,8 @@ from lightning_gemini.agent.persisting import Persisting
 from lightning_gemini.config import GeminiConfig
 from lightning_gemini.membership.base import Membership
 from lightning_gemini.membership.records import Completed, Generation, NodeInfo, NodeReport, Outcome
-from lightning_gemini.recovery.plan import RankInventory, RecoveryPlan, plan
+from lightning_gemini.membership.roster import VACANT
+from lightning_gemini.recovery.plan import RankInventory, RecoveryPlan
 from lightning_gemini.snapshot.collective_log import CollectiveLog
 from lightning_gemini.snapshot.manifest import manifest_of
 from lightning_gemini.snapshot.slots import SlotFile
@@ -52,6 +53,9 @@ class OtherNodes(Protocol):
 
     def open(self, coordinator: Coordinator) -> None:
         """A generation has begun, or this node's memory is new."""
+
+    def place(self) -> None:
+        """Choose the placement group anew: the options are known, or the nodes are others."""
 
     def voted(self) -> None:
         """Words of this node's ranks, or of its storage, have changed."""
@@ -140,6 +144,11 @@ class Coordinator:
         return (self.index or 0) * self.ranks_per_node
 
     @property
+    def lacks_nodes(self) -> bool:
+        """Whether a place in the roster is vacant."""
+        return VACANT in self.generation.roster
+
+    @property
     def hosts(self) -> list[str]:
         """Of the nodes by index; empty on a single node."""
         roster = self.generation.roster
@@ -152,6 +161,12 @@ class Coordinator:
     def place(self, rank: int) -> int:
         """A rank's number on this node."""
         return rank - self.first
+
+    def configure(self, config: GeminiConfig, *, replicated: bool) -> None:
+        """A rank has told the strategy's options."""
+        self.config, self.replicated = config, replicated
+        if self.others is not None and self.index is not None:
+            self.others.place()
 
     def on_voted(self) -> None:
         """Words of ranks of this node have changed."""
@@ -270,14 +285,18 @@ class Coordinator:
         try:
             stopped = member.stopped
             alive = stopped is not None and not stopped.unwinding
+            tensors, local = (frozenset(slot.step for slot in file.slots()) for file in (arena, ledger))
+            boundary = step_of(self.board.get(place, BOUNDARY))
+            if boundary < 0 and tensors:  # this node is new, and nobody has landed yet on what it fetched in a recovery that was cut short
+                boundary, local = max(tensors), local | tensors  # the local state is beside the tensors
             return RankInventory(
                 alive=alive,
-                boundary=stopped.step if alive and stopped else step_of(self.board.get(place, BOUNDARY)),
+                boundary=stopped.step if alive and stopped else boundary,
                 at=stopped.at if alive and stopped else -1,
                 wrote=bool(alive and stopped and stopped.wrote),
                 in_step=bool(alive and stopped and stopped.in_step),
-                local=frozenset(slot.step for slot in ledger.slots()),
-                tensors=frozenset(slot.step for slot in arena.slots()),
+                local=local,
+                tensors=tensors,
                 keys={slot.step: manifest_of(arena, slot)[0].key for slot in arena.slots()},
                 counters=stopped.counters if alive and stopped else log.counters(),
             )
@@ -385,16 +404,3 @@ class Coordinator:
         """Telemetry."""
         if self.events is not None:
             self.events.emit(event, **fields)
-
-
-def decide(generation: Generation, reports: Mapping[int, NodeReport]) -> RecoveryPlan:
-    """The plan, from what every node reports. Pure: the membership's leader calls it, whichever node that is."""
-    ranks = {rank: inventory for report in reports.values() for rank, inventory in report.ranks.items()}
-    return plan(
-        ranks,
-        replicated=all(report.replicated for report in reports.values()),
-        ranks_per_node=len(ranks) // len(reports),
-        replicas={index: report.replicas for index, report in reports.items()},
-        lost=max(report.lost_step for report in reports.values()),
-        persisted=max((report.persisted, report.persisted_path) for report in reports.values()),
-    )

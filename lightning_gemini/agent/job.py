@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_gemini.agent.coordinator import decide
+from lightning_gemini.agent.decision import decide
 from lightning_gemini.membership.local import LocalMembership
 from lightning_gemini.membership.records import Generation, NodeInfo
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from lightning_gemini.agent.cluster import Cluster
-from lightning_gemini.agent.coordinator import decide
+from lightning_gemini.agent.decision import decide
 from lightning_gemini.agent.job import Job, Join
 from lightning_gemini.agent.mesh import Mesh
 from lightning_gemini.agent.node import Node

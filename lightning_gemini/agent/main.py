@@ -64,9 +64,10 @@ def _run(options: argparse.Namespace) -> int:
     if here.nnodes * here.ranks_per_node < 2:
         raise ValueError(f"--nproc-per-node={here.ranks_per_node}: a rank can only be recovered by others, give 2 or more")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here.ranks_per_node)))
+    place = f"{here.node_rank} {here.host}"  # only tests have several nodes on one kernel
     if here.local_rank:
-        return waiting.wait(here.job, here.node_rank)
-    door = waiting.Door(here.job, here.node_rank) if here.job else None
+        return waiting.wait(here.job, place)
+    door = waiting.Door(here.job, place) if here.job else None
     status = 1
     try:
         status = _supervise(here, options, command)

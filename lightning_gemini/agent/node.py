@@ -104,7 +104,8 @@ class Node:
             return
         self.nobody = known and not self.configured
         self.coordinator.begin(generation, nodes, index)
-        self.deadline = time.monotonic() + self.config.recovery.regroup_timeout_s
+        patience_s = float("inf") if self.coordinator.lacks_nodes else self.config.recovery.regroup_timeout_s
+        self.deadline = time.monotonic() + patience_s
         self.fill()
 
     def fill(self) -> None:
@@ -118,6 +119,8 @@ class Node:
                 if spare is None:
                     self.start_spares()
                     return
+                if coordinator.lacks_nodes:  # it is to meet all others, and would not find them
+                    return
                 coordinator.assign(spare, rank)
         coordinator.try_report(nobody=self.nobody)
 
@@ -125,7 +128,9 @@ class Node:
         """See `membership.base.Observer`."""
         if not self.coordinator.take(number, plan):
             return
-        if plan.action == "restart" and plan.repeated_steps:
+        if plan.action == "end":
+            self.end(1, plan.reason)
+        elif plan.action == "restart" and plan.repeated_steps:
             self.end(1, f"nothing to go back to: {plan.reason}, no older snapshot is complete; {plan.repeated_steps} completed "
                          "steps are lost, resume from your last checkpoint")  # fmt: skip
         elif plan.action == "restart":

@@ -40,6 +40,8 @@ class Others:
         self._say = say
         self._coordinator: Coordinator
         self._targets: tuple[int, ...] = ()
+        self._keep: set[int] = set()
+        """Ranks of other nodes whose replicas belong here."""
         self._nodes: list[str] = []
         self._requested: dict[int, int] = {}
         """Rank of this node -> step that was asked to be sent."""
@@ -71,18 +73,19 @@ class Others:
         self.exchange.hold({rank: files.arenas[coordinator.place(rank)] for rank in own})
         self.exchange.hold_logs({rank: files.logs[coordinator.place(rank)] for rank in own})
         self.mesh.on_result(self._told)
-        self._place(index)
+        self.place()
         self.mesh.open(coordinator.number, index, self._nodes, coordinator.board)
 
-    def _place(self, index: int) -> None:
-        nodes = self._coordinator.nodes
+    def place(self) -> None:
+        """See `OtherNodes`. What is kept for ranks of other groups may be all that is left of them: it stays until their new peers have it."""
+        index, nodes = self._coordinator.index, self._coordinator.nodes
+        assert index is not None
         domains = [nodes[node].domain if node else "" for node in self._nodes]
         placement = place(domains, min(self._coordinator.config.replication.copies, len(domains)))
         self._targets = placement.targets[index]
         senders = [sender for sender, targets in enumerate(placement.targets) if index in targets]
         per_node = self._coordinator.ranks_per_node
-        keep = {rank for sender in senders for rank in range(sender * per_node, (sender + 1) * per_node)}
-        self.exchange.drop([rank for rank in self.exchange.replicas() if rank not in keep])
+        self._keep = {rank for sender in senders for rank in range(sender * per_node, (sender + 1) * per_node)}
 
     def close(self) -> None:
         """See `OtherNodes`."""
@@ -133,6 +136,10 @@ class Others:
         self.mesh.completed(word)
 
     def _told(self, result: Result) -> None:
+        number, words = self._coordinator.number, result.words
+        captured = step_of(words.tensors)
+        if reached(words.tensors, number, captured) and reached(words.replicated, number, max(captured, 0)):
+            self.exchange.drop([rank for rank in self.exchange.replicas() if rank not in self._keep])
         persisting = self._coordinator.persisting
         persisting.complete(result.complete)
         if self._coordinator.index == 0 and reached(result.words.written, self._coordinator.number, 0):

@@ -243,8 +243,8 @@ class Supervisor:
     def _configure(self, message: Hello) -> None:
         self.node.configured = True
         coordinator = self.node.coordinator
-        coordinator.replicated = bool(message.config.pop("replicated", True))
-        coordinator.config = parse(GeminiConfig, message.config)
+        replicated = bool(message.config.pop("replicated", True))
+        coordinator.configure(parse(GeminiConfig, message.config), replicated=replicated)
         coordinator.events = EventLog(message.directory, self.node.job.log_name, self.node.job.name)
         self.node.coordinator.emit("start", world=coordinator.world, spares=self.node.config.recovery.spares)
         self.node.persisting.configure(coordinator.config.persistent)

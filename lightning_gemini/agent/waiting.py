@@ -18,7 +18,7 @@ _PAUSE_S = 0.1
 _BACKLOG = 1024
 
 
-def _address(job: str, place: int) -> str:
+def _address(job: str, place: str) -> str:
     name = hashlib.blake2b(f"{job} {place} {os.geteuid()}".encode(), digest_size=12).hexdigest()
     return f"\0lightning-gemini.waiting.{name}"
 
@@ -26,7 +26,7 @@ def _address(job: str, place: int) -> str:
 class Door:
     """Where the others wait. `place` tells nodes apart that share a kernel."""
 
-    def __init__(self, job: str, place: int) -> None:
+    def __init__(self, job: str, place: str) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._sock.bind(_address(job, place))
@@ -46,7 +46,7 @@ class Door:
         self._sock.close()
 
 
-def wait(job: str, place: int) -> int:
+def wait(job: str, place: str) -> int:
     """The exit status of this node's agent. Raises `ValueError` when there is none."""
     deadline = time.monotonic() + _APPEAR_S
     while True:

@@ -13,6 +13,7 @@ Outcomes:
                replicated): everybody re-enters `fit` from the newest snapshot that all have; completed steps after it are repeated, and
                the plan says how many.
     restart    a rank died before the first boundary: there is nothing to restore and nothing to lose, processes start anew.
+    end        the reports make no sense; the job ends with the reason.
     storage    no snapshot is left in memory for some shard: everybody goes back to persistent storage, at `target`.
 """
 
@@ -59,8 +60,8 @@ class RankInventory:
 
     @property
     def lost(self) -> bool:
-        """It died with its node: the new one has no boundary of it. `tensors` are what that has fetched, in a recovery cut short."""
-        return not self.alive and self.boundary < 0
+        """Nothing of it is left on its node."""
+        return not self.alive and self.boundary < 0 and not self.tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ class Inventory:
     def restorable(self, rank: int) -> set[int]:
         """Steps at which the snapshot of a lost rank can be had."""
         steps = {step for kept in self.replicas.values() for step in kept.get(rank, ())}
-        return {step for step in steps if self.fetch(rank, step) is not None} | self.ranks[rank].tensors
+        return {step for step in steps if self.fetch(rank, step) is not None}
 
 
 def plan(
@@ -140,7 +141,7 @@ def plan(
     job = Inventory(ranks, replicated, ranks_per_node or len(ranks), replicas or {}, persisted)
     gone = [rank for rank, inventory in ranks.items() if inventory.lost]
     known = [inventory.boundary for inventory in ranks.values() if not inventory.lost]
-    newest = min(known) if known else max((step for rank in gone for step in job.restorable(rank)), default=-1)
+    newest = min(known, default=-1)
     if newest < 0:
         return _from_storage(job, lost, "a rank had no boundary yet" if known else "no rank has anything left")
     target = newest

@@ -23,7 +23,7 @@ def others(job: str, count: int) -> list[int]:
         if not pid:
             status = 77
             try:
-                status = wait(job, 0)
+                status = wait(job, "0")
             finally:
                 os._exit(status)
         pids.append(pid)
@@ -38,7 +38,7 @@ def statuses(pids: list[int]) -> list[int]:
 def test_they_end_with_the_agents_status(status: int) -> None:
     job = uuid.uuid4().hex
     early = others(job, 2)
-    door = Door(job, 0)
+    door = Door(job, "0")
     late = others(job, 1)
     knocking(job, 3)
     door.close(status)
@@ -50,7 +50,7 @@ def test_an_agent_that_is_killed_is_a_failure() -> None:
     ready, tell = os.pipe()
     agent = os.fork()
     if not agent:
-        door = Door(job, 0)
+        door = Door(job, "0")
         os.write(tell, b"x")
         signal.pause()
         door.close(0)
@@ -66,16 +66,16 @@ def test_an_agent_that_is_killed_is_a_failure() -> None:
 
 def test_two_agents_of_one_job_on_a_node() -> None:
     job = uuid.uuid4().hex
-    door = Door(job, 0)
-    Door(job, 1).close(0)  # another node on the same kernel
+    door = Door(job, "0")
+    Door(job, "1").close(0)  # another node on the same kernel
     with pytest.raises(ValueError, match="has an agent on this node already"):
-        Door(job, 0)
+        Door(job, "0")
     door.close(0)
 
 
 def knocking(job: str, count: int) -> None:
     """Until so many wait at the socket."""
-    name, deadline = _address(job, 0)[1:], time.monotonic() + 30
+    name, deadline = _address(job, "0")[1:], time.monotonic() + 30
     while sum(f"@{name}" in line for line in Path("/proc/net/unix").read_text().splitlines()) < count + 1:
         assert time.monotonic() < deadline, f"{count} processes did not come"
         time.sleep(0.01)

@@ -104,7 +104,8 @@ def test_yaml_says_of_each_key_what_the_dataclass_says() -> None:
             continue
         (about, section) = re.findall(rf"^# (.*)\n{name}:\n((?:  .*\n)+)", text, re.MULTILINE)[0]
         commented = {key: words(comment) for comment, key in re.findall(r"((?:  # .*\n)+)  (\w+): ", section)}
-        documented = {field: words(told) for field, told in re.findall(r'^    (\w+): .*\n    """(.*?)"""', source(kind), re.DOTALL | re.MULTILINE)}
+        found = re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', source(kind), re.DOTALL | re.MULTILINE)
+        documented = {field: words(told) for field, told in found}
         assert about == kind.__doc__
         assert list(commented) == list(documented) == [field.name for field in dataclasses.fields(kind)]
         assert commented == documented

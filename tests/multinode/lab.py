@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import signal
 import time
 import uuid
 from base64 import b64decode, b64encode
@@ -46,13 +48,21 @@ class Lab:
     expected: Expected
 
     def start(
-        self, recipe: Recipe, nodes: int, *strikes: Strike, spares: int = 0, membership: dict[str, Any] | None = None, **options: Any
+        self,
+        recipe: Recipe,
+        nodes: int,
+        *strikes: Strike,
+        spares: int = 0,
+        membership: dict[str, Any] | None = None,
+        wrapped: Callable[[Callable[[], None]], None] | None = None,
+        **options: Any,
     ) -> JobOnNodes:
-        """A job under way; `options` are the strategy's."""
+        """A job under way. `wrapped` is the script around the training; `options` are the strategy's."""
         directory = self.directory / f"job-{uuid.uuid4().hex[:8]}"  # the job's name: no other on this machine has it
         per_node = recipe.world // nodes
         target = script(directory, nodes, per_node, recipe, *strikes, **options)
-        return on_nodes(directory, [self.etcd.url], target, nodes, per_node, spares=spares, membership=membership or {})
+        whole = target if wrapped is None else functools.partial(wrapped, target)
+        return on_nodes(directory, [self.etcd.url], whole, nodes, per_node, spares=spares, membership=membership or {})
 
     def run(
         self, recipe: Recipe, nodes: int, *strikes: Strike, spares: int = 0, during: Callable[[JobOnNodes], object] | None = None, **more: Any
@@ -80,7 +90,10 @@ class Lab:
     def nothing_left(self, job: JobOnNodes) -> None:
         """Neither processes nor keys, soon after the end."""
         until(lambda: not any(job.alive(number) for number in job.groups), f"the end of all processes\n{job.outputs()}")
-        until(lambda: not self.etcd.keys(PREFIX), f"the end of the job's keys in etcd\n{job.outputs()}")
+        if not any(status == -signal.SIGKILL for status in job.statuses.values()):
+            until(lambda: not self.etcd.keys(PREFIX), f"the end of the job's keys in etcd\n{job.outputs()}")
+        else:  # who is killed at the very end leaves what its lease and the job's keep, for a minute
+            assert all(self.etcd.keys(PREFIX).values()), "keys without a lease"
 
     def same(
         self,

@@ -33,7 +33,8 @@ class Struck(RuntimeError):
 
 @dataclass(frozen=True)
 class Strike:
-    """`where`: a hook below. `kind`: node, agent, kill, raise, stop, or hold (tell the test, and wait for the end)."""
+    """`where`: a hook below. `kind`: node, agent, kill, raise, stop, hold (tell the test, and wait for the end), or wait (for a
+    file `go`)."""
 
     where: str
     rank: int
@@ -86,6 +87,8 @@ class Saboteur(pl.Callback):
             raise Struck(f"{strike}")
         if strike.kind == "hold":
             signal.sigtimedwait([signal.SIGUSR1], _LIMIT_S)
+        if strike.kind == "wait":
+            self._wait_for(self.directory / "go")
         if strike.kind == "node":
             os.killpg(0, signal.SIGKILL)
         elif strike.kind == "agent":
@@ -94,6 +97,13 @@ class Saboteur(pl.Callback):
             os.kill(os.getpid(), signal.SIGSTOP)
         elif strike.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def _wait_for(self, file: Path) -> None:
+        deadline = time.monotonic() + _LIMIT_S
+        while not file.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{file} did not appear")
+            time.sleep(0.005)
 
     def _wait_until_replicated(self, step: int) -> None:
         strategy: Any = self.trainer.strategy
@@ -130,10 +140,13 @@ class Saboteur(pl.Callback):
 
 
 class Progress(pl.Callback):
-    """Rank 0 tells the test how far it is."""
+    """Rank 0 tells the test how far it is; each rank, what has ended its training."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        (self.directory / f"ended{trainer.global_rank}").write_text(f"{type(exception).__name__} {trainer.global_step}")
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_rank == 0:

@@ -1,4 +1,4 @@
-"""A laboratory whose nodes have network namespaces of their own, with etcd in others: links can be cut, slowed, and lost in one direction."""
+"""A laboratory whose nodes have network namespaces of their own, with etcd in others: links are cut, slowed, and lost in one direction."""
 
 from __future__ import annotations
 

@@ -15,21 +15,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from lightning_gemini.agent.crew import Crew
+from lightning_gemini.agent.inventory import inventory_of
 from lightning_gemini.agent.member import Member
 from lightning_gemini.agent.memory import BOUNDARY, FAULT_NS, HEARTBEAT_NS, HOLD, Board, NodeFiles, create_files, step_of
 from lightning_gemini.agent.messages import Assign, Plan, Progress, Recover, Recovered
+from lightning_gemini.agent.other_nodes import OtherNodes
 from lightning_gemini.agent.persisting import Persisting
 from lightning_gemini.config import GeminiConfig
 from lightning_gemini.membership.base import Membership
 from lightning_gemini.membership.records import Completed, Generation, NodeInfo, NodeReport, Outcome
 from lightning_gemini.membership.roster import VACANT
 from lightning_gemini.recovery.plan import RankInventory, RecoveryPlan
-from lightning_gemini.snapshot.collective_log import CollectiveLog
-from lightning_gemini.snapshot.manifest import manifest_of
-from lightning_gemini.snapshot.slots import SlotFile
 from lightning_gemini.telemetry.events import EventLog
 
 
@@ -46,34 +44,6 @@ class Recovery:
     plan: RecoveryPlan | None = None
     reached: dict[str, dict[int, int]] = field(default_factory=lambda: {"restored": {}, "regrouped": {}, "resumed": {}})
     """phase -> rank -> when, monotonic ns."""
-
-
-class OtherNodes(Protocol):
-    """What a node has of others, and gets from them; see `agent.others`. Nobody on a single node."""
-
-    def open(self, coordinator: Coordinator) -> None:
-        """A generation has begun, or this node's memory is new."""
-
-    def place(self) -> None:
-        """Choose the placement group anew: the options are known, or the nodes are others."""
-
-    def voted(self) -> None:
-        """Words of this node's ranks, or of its storage, have changed."""
-
-    def completed(self, word: int) -> None:
-        """A checkpoint is complete: all nodes shall know."""
-
-    def ask_to_end(self) -> None:
-        """All ranks of all nodes shall end after the same step."""
-
-    def close(self) -> None:
-        """Close connections, join threads."""
-
-    def replicas(self) -> dict[int, dict[int, str]]:
-        """See `NodeReport`."""
-
-    def fetch(self, plan: RecoveryPlan, done: Callable[[BaseException | None], None]) -> None:
-        """Get what this node lacks for the plan, then call `done`, in the agent's thread, with what went wrong."""
 
 
 class Coordinator:
@@ -262,7 +232,7 @@ class Coordinator:
         elif len(ranks) < self.ranks_per_node or any(member.stopped is None and not member.fresh for member in ranks.values()):
             return
         else:
-            found = {rank: self._inventory(rank, member) for rank, member in ranks.items()}
+            found = {rank: inventory_of(self.place(rank), member, self.files, self.board) for rank, member in ranks.items()}
         recovery.inventory = found
         recovery.stopped_ns = time.monotonic_ns()
         self.membership.report(
@@ -278,31 +248,6 @@ class Coordinator:
                 stopped_s=(recovery.stopped_ns - recovery.began_ns) / 1e9,
             )
         )
-
-    def _inventory(self, rank: int, member: Member) -> RankInventory:
-        place, files = self.place(rank), self.files
-        ledger, arena, log = SlotFile(files.ledgers[place]), SlotFile(files.arenas[place]), CollectiveLog(files.logs[place])
-        try:
-            stopped = member.stopped
-            alive = stopped is not None and not stopped.unwinding
-            tensors, local = (frozenset(slot.step for slot in file.slots()) for file in (arena, ledger))
-            boundary = step_of(self.board.get(place, BOUNDARY))
-            if boundary < 0 and tensors:  # this node is new, and nobody has landed yet on what it fetched in a recovery that was cut short
-                boundary, local = max(tensors), local | tensors  # the local state is beside the tensors
-            return RankInventory(
-                alive=alive,
-                boundary=stopped.step if alive and stopped else boundary,
-                at=stopped.at if alive and stopped else -1,
-                wrote=bool(alive and stopped and stopped.wrote),
-                in_step=bool(alive and stopped and stopped.in_step),
-                local=local,
-                tensors=tensors,
-                keys={slot.step: manifest_of(arena, slot)[0].key for slot in arena.slots()},
-                counters=stopped.counters if alive and stopped else log.counters(),
-            )
-        finally:
-            for file in (ledger, arena, log):
-                file.close()
 
     # ---- the plan
 

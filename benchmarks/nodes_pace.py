@@ -138,8 +138,8 @@ def measure(quick: bool) -> Report:
         _tiny(place, size, report)
     report.say(
         f"An MLP of {size.depth} layers of {size.width}, AdamW, {size.batch} samples per rank, gloo over loopback, one thread per rank. "
-        "Where ranks keep all cores busy, as here, every CPU second of capturing, sending and verifying is taken from the training: compare "
-        "with the CPU seconds. By default a step whose predecessor is not replicated yet takes no snapshot; with `wait` it waits."
+        "Where ranks keep all cores busy, as here, every CPU second of capturing, sending and verifying is taken from the training: "
+        "compare with the CPU seconds. By default a step whose predecessor is not replicated yet takes no snapshot; with `wait` it waits."
     )
     return report
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from benchmarks.common import MIB, Check, Report, main, number, progress
 from benchmarks.nodes_job import Mark, Recipe, Site, marks, our_strategy, plain_strategy, script, site, sizes
@@ -121,7 +121,7 @@ def _timed(recipe: Recipe, directory: Path) -> Any:
 
 
 class Saver(pl.Callback):
-    """`torch.distributed.checkpoint` at the steps in `due`; an asynchronous one waits for its predecessor, as its documentation asks for."""
+    """`torch.distributed.checkpoint` at the steps in `due`; an asynchronous one waits for its predecessor, as its manual asks for."""
 
     def __init__(self, store: Path, due: list[int], *, later: bool) -> None:
         self.store, self.due, self.later = store, due, later
@@ -137,8 +137,8 @@ class Saver(pl.Callback):
         began = time.monotonic_ns()
         self.wait()
         model, optimizer = get_state_dict(pl_module, [getattr(each, "optimizer", each) for each in trainer.optimizers])
-        save = dcp.async_save if self.later else dcp.save
-        self.future = save({"model": model, "optimizer": optimizer}, checkpoint_id=str(self.store / str(step)), process_group=self.group)
+        write: Any = async_save if self.later else save
+        self.future = write({"model": model, "optimizer": optimizer}, checkpoint_id=str(self.store / str(step)), process_group=self.group)
         _note(directory, trainer.global_rank, step, began)
         done = directory / f"complete-{step}-{trainer.global_rank}"
         if self.later:

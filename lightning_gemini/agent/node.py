@@ -102,7 +102,8 @@ class Node:
             if index is None:
                 self.start_spares()
             return
-        self.nobody = known and not self.configured
+        if generation.number != self.coordinator.number:  # else its vacant places were filled
+            self.nobody = known and not self.configured
         self.coordinator.begin(generation, nodes, index)
         patience_s = float("inf") if self.coordinator.lacks_nodes else self.config.recovery.regroup_timeout_s
         self.deadline = time.monotonic() + patience_s

@@ -77,7 +77,7 @@ class Others:
         self.mesh.open(coordinator.number, index, self._nodes, coordinator.board)
 
     def place(self) -> None:
-        """See `OtherNodes`. What is kept for ranks of other groups may be all that is left of them: it stays until their new peers have it."""
+        """See `OtherNodes`. What is kept for ranks of other groups may be all that is left of them: it stays until others have it."""
         index, nodes = self._coordinator.index, self._coordinator.nodes
         assert index is not None
         domains = [nodes[node].domain if node else "" for node in self._nodes]

@@ -107,5 +107,6 @@ class Votes:
     def _decide(self, least: Words) -> None:
         before = self.result
         replicated = least.replicated if least.gate > before.words.gate else before.replicated_at_gate
-        end_at = before.words.end_at or (self._end_after(least.boundary) if least.end_at else 0)
+        known = least.end_at and least.boundary  # not before all have said how far they are
+        end_at = before.words.end_at or (self._end_after(least.boundary) if known else 0)
         self.told(Result(least._replace(end_at=end_at), replicated, before.complete))

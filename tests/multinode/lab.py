@@ -7,7 +7,7 @@ import signal
 import time
 import uuid
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Lab:
         spares: int = 0,
         membership: dict[str, Any] | None = None,
         wrapped: Callable[[Callable[[], None]], None] | None = None,
+        domains: Sequence[str] = (),
         **options: Any,
     ) -> JobOnNodes:
         """A job under way. `wrapped` is the script around the training; `options` are the strategy's."""
@@ -62,7 +63,7 @@ class Lab:
         per_node = recipe.world // nodes
         target = script(directory, nodes, per_node, recipe, *strikes, **options)
         whole = target if wrapped is None else functools.partial(wrapped, target)
-        return on_nodes(directory, [self.etcd.url], whole, nodes, per_node, spares=spares, membership=membership or {})
+        return on_nodes(directory, [self.etcd.url], whole, nodes, per_node, spares=spares, domains=domains, membership=membership or {})
 
     def run(
         self,

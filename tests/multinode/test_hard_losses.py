@@ -108,6 +108,14 @@ def test_a_spare_node_is_lost_while_it_fetches(lab: Lab) -> None:
     lab.same(FSDP, job, recoveries=1, lost=lost, replaced=[0, 1])
 
 
+def test_a_spare_of_another_domain_makes_other_groups(lab: Lab) -> None:
+    """What was kept by the old ones is still there when it is needed."""
+    job = lab.run(FOUR, 4, Strike("forward", 0, 3, kept=True), spares=1, domains="aabbb")
+    lab.same(FOUR, job, recoveries=1, lost=[0], replaced=[0])
+    keepers = {event["node"] for event in job.named_of(4, "replicated")}
+    assert keepers == {1}, "the groups were meant to change"
+
+
 @pytest.mark.parametrize("event", ["recover", "plan"])
 def test_a_healthy_node_is_lost_in_a_recovery(lab: Lab, event: str) -> None:
     def during(job: JobOnNodes) -> None:

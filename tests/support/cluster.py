@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,11 +198,18 @@ def _group(pid: int) -> int:
 
 
 def on_nodes(
-    directory: Path, etcd: list[str], target: Callable[[], None], count: int, per_node: int, spares: int = 0, **options: Any
+    directory: Path,
+    etcd: list[str],
+    target: Callable[[], None],
+    count: int,
+    per_node: int,
+    spares: int = 0,
+    domains: Sequence[str] = (),
+    **options: Any,
 ) -> JobOnNodes:
-    """Start a job of `count` nodes."""
+    """Start a job of `count` nodes; `domains` of all of them, spares included."""
     directory.mkdir(parents=True, exist_ok=True)
     job = JobOnNodes(directory, etcd, target, count, per_node, **options)
     for number in range(count + spares):
-        job.start(number, spare=number >= count)
+        job.start(number, spare=number >= count, domain=domains[number] if domains else "")
     return job

@@ -178,6 +178,10 @@ def script(
 # ---- where jobs run
 
 
+class NoNamespaces(RuntimeError):
+    """This machine, or this user, cannot make network namespaces."""
+
+
 @dataclass(slots=True)
 class Site:
     """An etcd, and a folder for jobs; with `nodes`, network namespaces for them, the last one of which has the etcd."""
@@ -211,7 +215,7 @@ def ended(job: JobOnNodes, lost: tuple[int, ...] = ()) -> None:
 
 @contextlib.contextmanager
 def site(directory: Path, namespaces: int = 0) -> Iterator[Site]:
-    """A site on loopback, or one with so many namespaces for nodes. Raises `OSError` where those cannot be made."""
+    """A site on loopback, or one with so many namespaces for nodes. Raises `NoNamespaces`."""
     directory.mkdir(parents=True, exist_ok=True)
     if not namespaces:
         etcd = Etcd(directory / "etcd", flags=_ETCD)
@@ -220,7 +224,10 @@ def site(directory: Path, namespaces: int = 0) -> Iterator[Site]:
         finally:
             etcd.stop()
         return
-    nodes = Nodes(namespaces + 1)
+    try:
+        nodes = Nodes(namespaces + 1)
+    except OSError as error:
+        raise NoNamespaces(f"network namespaces cannot be made here: {error}") from None
     try:
         server = Etcd(directory / "etcd", host=nodes.address(namespaces), port=2379, flags=_ETCD, start=False)
         running = nodes.exec(namespaces, "sh", "-c", f"exec {shlex.join(server.command)} >{directory}/etcd.log 2>&1")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.common import Check, Report, main, progress
 from benchmarks.nodes_faults import cut_node, lose_nodes, restart
-from benchmarks.nodes_job import Recipe, Site, site
+from benchmarks.nodes_job import NoNamespaces, Recipe, Site, site
 from benchmarks.nodes_torchrun import lose_nodes_of_torchrun
 
 _FIRST, _APART = 3, 3
@@ -66,7 +66,7 @@ def _restarted(place: Site, kind: str, count: int) -> list[float]:
 
 
 def _cut(base: Path, count: int) -> tuple[list[float], Phases]:
-    """Raises `OSError` where namespaces cannot be made."""
+    """Raises `NoNamespaces`."""
     with site(base, namespaces=3) as place:
         found = [cut_node(place, _recipe("fsdp", 1)) for _ in range(count)]
     return [seconds for seconds, _ in found], [phases for _, phases in found]
@@ -105,8 +105,8 @@ def measure(quick: bool) -> Report:
         try:
             series["cut off, fsdp"], phases = _cut(base / "namespaces", size.cuts)
             _phases(report, "Cut off, fsdp", phases)
-        except OSError as error:
-            report.say(f"Not cut off: network namespaces cannot be made here ({error}).")
+        except NoNamespaces as error:
+            report.say(f"No cable was pulled: {error}.")
         progress(f"{size.torchrun} nodes of torchrun are killed")
         series["torchrun, node restarted, ddp"] = lose_nodes_of_torchrun(base / "torchrun", size.torchrun)
     series["to import Lightning (in no row above but torchrun's)"] = imports = _imports(size.restarts)

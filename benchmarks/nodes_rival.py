@@ -91,7 +91,7 @@ def _tell(report: Report, mib: int, repeat: int, sides: dict[str, Found]) -> Non
     gib = 2 * mib / 1024
     bare, bare_cpu = bare_seconds(mib * MIB, repeat)
     of = f"{mib} MiB in each of two processes"
-    titles = (f"{of}: seconds until the training may go on", f"{of}: seconds until both are replicated", "CPU seconds per GiB, all processes")
+    titles = (f"{of}: seconds until the training may go on", f"{of}: seconds until both are replicated", "All processes: CPU s per GiB")
     beside = ({"memcpy, one process": memcpy_seconds(mib * MIB, repeat)}, {"bare sockets, one way": bare},
               {"bare sockets": [value / (gib / 2) for value in bare_cpu]})  # fmt: skip
     for column, title in enumerate(titles):
@@ -104,7 +104,7 @@ def _tell(report: Report, mib: int, repeat: int, sides: dict[str, Found]) -> Non
     report.say(
         "Ours captures (copies and hashes) into shared memory that outlives the rank; the peer checks each block before it acknowledges. "
         "lm-resiliency copies into memory of the training process, sends it in chunks of 16 MiB with gloo from a thread there, and checks "
-        "sums only on disk: both the copy and the peer's are lost with the processes. Its replication is not resumable; ours is."
+        "sums on disk only; what a process keeps, its peer's state too, is gone when that process is killed. Neither side trains here."
     )
 
 

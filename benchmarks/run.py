@@ -14,7 +14,10 @@ from pathlib import Path
 
 from benchmarks.common import CHECK_HEADER, ROOT, Check, load, options, progress, table
 
-SCRIPTS = ("rendezvous", "reform", "recovery", "snapshot_cost", "endurance", "data")
+SCRIPTS = (
+    *("rendezvous", "reform", "recovery", "snapshot_cost", "endurance", "data", "replication"),
+    *("nodes", "nodes_recovery", "nodes_bytes", "nodes_pace", "nodes_storage", "nodes_rival"),
+)
 
 
 def _run(script: str, quick: bool, output: Path | None, checks: Path) -> list[Check] | None:

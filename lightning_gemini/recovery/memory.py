@@ -136,10 +136,14 @@ class Memory:
         return owned(self._entries(), self.layout)
 
     def commit_tensors(self, step: int, local: bytes = b"") -> None:
-        """Copy the owned tensors now."""
+        """Copy the owned tensors now.
+
+        On several nodes a step that is captured again takes its own slot: the older one may be all that other nodes can go back to.
+        """
         mine = self.owned()
         self._grow(arena.payload_size(mine, self.chunk, local))
-        arena.capture(self.arena, step, mine, chunk=self.chunk, local=local)
+        instead_of = None if self.link.board.alone else step
+        arena.capture(self.arena, step, mine, chunk=self.chunk, local=local, instead_of=instead_of)
         self.captured = step
         self._versions = arena.versions(mine.tensors)
 

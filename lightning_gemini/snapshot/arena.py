@@ -36,14 +36,24 @@ def payload_size(owned: Owned, chunk: int, local: bytes = b"") -> int:
     return blocks.size_of_slot(data + 2 * chunk, 0, chunk)
 
 
-def capture(file: SlotFile, step: int, owned: Owned, *, chunk: int, local: bytes = b"", expected: list[int] | None = None) -> None:
+def capture(
+    file: SlotFile,
+    step: int,
+    owned: Owned,
+    *,
+    chunk: int,
+    local: bytes = b"",
+    expected: list[int] | None = None,
+    instead_of: int | None = None,
+) -> None:
     """Copy `owned` into the older slot and commit it as `step`.
 
     Args:
+        instead_of: a step whose slot is overwritten, if there is one.
         expected: version counters at the boundary, compared after the copy.
         chunk: bytes copied and hashed at a time.
     """
-    place = file.begin()
+    place = file.begin(instead_of)
     manifest = Manifest([part for part, _ in owned.parts], local, owned.travelling, owned.key)
     head = encode(manifest)
     sizes = [part.length for part, _ in owned.parts]

@@ -100,10 +100,11 @@ class SlotFile:
         """The newest committed slot of `step`."""
         return next((slot for slot in reversed(self.slots()) if slot.step == step), None)
 
-    def begin(self) -> int:
-        """Take the slot to overwrite (an empty one, else the older) and invalidate it; returns its index."""
+    def begin(self, instead_of: int | None = None) -> int:
+        """Take the slot to overwrite, that of step `instead_of`, else an empty one, else the older, and invalidate it; returns its index."""
         kept = self.slots()
-        index = 1 - kept[-1].place if kept else 0
+        same = [slot.place for slot in kept if slot.step == instead_of]
+        index = same[-1] if same else 1 - kept[-1].place if kept else 0
         self.memory[index * _STRIDE : index * _STRIDE + 8] = bytes(8)
         return index
 

@@ -229,3 +229,15 @@ def test_memory_outlives_its_writer_and_no_longer(fd: int) -> None:
     slots.write(b"x", step=1, kind=0)
     assert os.fstat(fd).st_nlink == 0
     slots.close()
+
+
+def test_a_step_that_is_written_again_may_take_its_own_slot(file: SlotFile) -> None:
+    for step in (4, 5):
+        file.write(b"first", step=step, kind=0)
+    place = file.begin(5)
+    assert [slot.step for slot in file.slots()] == [4], "the older one stays"
+    with file.payload(place) as view:
+        view[:5] = b"again"
+    file.commit(place, step=5, kind=0, length=5, digest=xxhash.xxh3_64_intdigest(b"again"))
+    assert [(slot.step, file.read(slot)) for slot in file.slots()] == [(4, b"first"), (5, b"again")]
+    assert file.begin(7) != place, "otherwise the older one is taken"

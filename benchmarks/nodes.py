@@ -1,8 +1,9 @@
 """A snapshot on two nodes, and a lost node's state back: seconds and CPU seconds per GiB, in a real job with FSDP2, and by itself.
 
-One rank per node; agents talk over loopback. Every step is captured, sent to the other node and verified there (`replication.when_behind:
-wait`). Then a node is killed, again and again: a spare node fetches its state from memory. Beside it, in the same run: memcpy, sockets that
-do nothing but move bytes, and the exchange of the agents alone (more of that in `replication`).
+One rank per node; agents talk over loopback. In one job every step is captured, sent to the other node and verified there
+(`replication.when_behind: wait`). In another, with default options, a node is killed, again and again: a spare node fetches its state from
+memory. Beside them, in the same run: memcpy, sockets that do nothing but move bytes, and the exchange of the agents alone (more of that in
+`replication`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from pathlib import Path
 
 from benchmarks.common import MIB, Check, Report, main, number, progress
 from benchmarks.nodes_faults import lose_nodes
-from benchmarks.nodes_job import Mark, Recipe, Site, marks, site, sizes
+from benchmarks.nodes_job import Mark, Recipe
+from benchmarks.nodes_site import Site, marks, site, sizes
 from benchmarks.replication import Process, bare_seconds, memcpy_seconds, node_process
-from tests.support.cluster import JobOnNodes
 
 _GIB = 1 << 30
 _WIDTH = 2048
@@ -40,13 +41,10 @@ class Size:
     repeat: int
     """Of what is measured by itself."""
 
-    @property
-    def recipe(self) -> Recipe:
+    def recipe(self, steps: int, gates: tuple[int, ...] = (), **options: object) -> Recipe:
         """The training."""
         depth = max(1, round(self.mib * MIB * 2 / _STATE / self.width**2))
-        gates = tuple(self.steps + 2 * loss for loss in range(self.losses))
-        return Recipe("fsdp", 2, 1, self.width, depth, batch=2, steps=gates[-1] + 3, gates=gates,
-                      options={"replication": {"when_behind": "wait"}})  # fmt: skip
+        return Recipe("fsdp", 2, 1, self.width, depth, batch=2, steps=steps, gates=gates, options=dict(options))
 
 
 _FULL = Size(mib=512, width=_WIDTH, steps=12, losses=3, repeat=5)
@@ -54,8 +52,8 @@ _QUICK = Size(mib=64, width=1024, steps=6, losses=1, repeat=3)
 
 
 @dataclass(slots=True)
-class Found:
-    """What one job has told."""
+class Kept:
+    """What the job without faults has told."""
 
     gib: float
     """Of both ranks, per step."""
@@ -67,43 +65,46 @@ class Found:
     """CPU seconds of both ranks for what follows an optimizer's write, per step."""
     agent_cpu: float
     """CPU seconds of both agents, votes and all, per step."""
-    lost: list[dict[str, float]]
+
+
+@dataclass(slots=True)
+class Lost:
+    """What the job whose nodes are killed has told."""
+
+    phases: list[dict[str, float]]
     """Seconds of each recovery by phase."""
     whole: list[float]
     """Seconds from each kill until all ranks had completed another step."""
 
 
-def _job(place: Site, size: Size) -> Found:
-    recipe = size.recipe
+def _keep(place: Site, size: Size) -> Kept:
+    job = place.run(size.recipe(size.steps, replication={"when_behind": "wait"}))
+    window = range(_WARM_UP + 1, size.steps)  # the last step is left out: the job need not wait for it
+    ranks = [_of_window(marks(job.directory, rank), window) for rank in range(2)]
+    at = {(event["rank"], event["step"]): event["monotonic_ns"] for event in job.named("replicated")}
+    seconds = [max(at[rank, mark.step] - mark.wrote_ns for rank, mark in enumerate(pair)) / 1e9 for pair in zip(*ranks, strict=True)]
+    return Kept(
+        sum(sizes(job.directory, rank)["travelling"] for rank in range(2)) / _GIB,
+        seconds,
+        [(mark.done_ns - mark.wrote_ns) / 1e9 for own in ranks for mark in own],
+        sum(statistics.mean(mark.done_cpu_s - mark.wrote_cpu_s for mark in own) for own in ranks),
+        sum((own[-1].agent_cpu_s - own[0].agent_cpu_s) / (len(own) - 1) for own in ranks),
+    )
+
+
+def _lose(place: Site, size: Size) -> Lost:
+    gates = tuple(3 + 3 * loss for loss in range(size.losses))
+    recipe = size.recipe(gates[-1] + 3, gates)
     job = place.start(recipe, spares=1)
     try:
         whole = lose_nodes(job, recipe)
     finally:
         job.stop()
-    return _read(job, size, whole)
-
-
-def _read(job: JobOnNodes, size: Size, whole: list[float]) -> Found:
-    window = range(_WARM_UP + 1, size.steps)  # the step before the first gate is left out: nothing follows it
-    ranks = [_of_window(marks(job.directory, rank), window) for rank in range(2)]
-    at = {(event["rank"], event["step"]): event["monotonic_ns"] for event in reversed(job.named("replicated"))}
-    seconds = [max(at[rank, mark.step] - mark.wrote_ns for rank, mark in enumerate(pair)) / 1e9 for pair in zip(*ranks, strict=True)]
-    gib = sum(sizes(job.directory, rank)["travelling"] for rank in range(2)) / _GIB
-    return Found(
-        gib,
-        seconds,
-        [(mark.done_ns - mark.wrote_ns) / 1e9 for own in ranks for mark in own],
-        sum(statistics.mean(mark.done_cpu_s - mark.wrote_cpu_s for mark in own) for own in ranks),
-        sum((own[-1].agent_cpu_s - own[0].agent_cpu_s) / (len(own) - 1) for own in ranks),
-        [recovery["seconds"] for recovery in job.recoveries],
-        whole,
-    )
+    return Lost([recovery["seconds"] for recovery in job.recoveries], whole)
 
 
 def _of_window(found: list[Mark], window: range) -> list[Mark]:
-    """The first mark of each step."""
-    first = {mark.step: mark for mark in reversed(found)}
-    return [first[step] for step in window]
+    return [mark for mark in found if mark.step in window]
 
 
 def _alone(mib: int, repeat: int) -> dict[str, list[float]]:
@@ -125,16 +126,18 @@ def _alone(mib: int, repeat: int) -> dict[str, list[float]]:
     return {"exchange alone: capture, send, verify": sent[2:], "exchange alone: fetch": fetched}
 
 
-def _report(report: Report, size: Size, found: Found, alone: dict[str, list[float]], bare: tuple[list[float], list[float]]) -> None:
+def _report(
+    report: Report, size: Size, found: Kept, lost: Lost, alone: dict[str, list[float]], bare: tuple[list[float], list[float]]
+) -> None:
     of = f"{size.mib} MiB per rank"
     report.spreads(f"{of}: seconds", {
         "memcpy": memcpy_seconds(size.mib * MIB, size.repeat), "bare sockets, one way": bare[0], **alone,
         "job: the rank goes on after (snapshot taken)": found.captured, "job: both ranks' snapshots acknowledged after": found.replicated,
-        "job: node lost, `restore` (fetched and put back)": [phases["restore"] for phases in found.lost],
-        "job: node lost, until all have completed another step": found.whole,
+        "job: node lost, `restore` (fetched and put back)": [phases["restore"] for phases in lost.phases],
+        "job: node lost, until all have completed another step": lost.whole,
     })  # fmt: skip
-    names = list(found.lost[0])
-    report.spreads("Node lost: seconds by phase", {name: [phases[name] for phases in found.lost] for name in names})
+    names = list(lost.phases[0])
+    report.spreads("Node lost: seconds by phase", {name: [phases[name] for phases in lost.phases] for name in names})
     cpu = (found.rank_cpu + found.agent_cpu) / found.gib
     both = [value / (size.mib / 1024) for value in bare[1]]
     parts = {"ranks: capture, hash, wait": found.rank_cpu / found.gib, "agents: send, receive, verify, vote": found.agent_cpu / found.gib,
@@ -142,7 +145,7 @@ def _report(report: Report, size: Size, found: Found, alone: dict[str, list[floa
     rows = [[name, number(value)] for name, value in parts.items()]
     report.table("CPU seconds per GiB saved and replicated, means over the job", ["", "s/GiB"], rows)
     report.check(Check(f"CPU per GiB saved and replicated, in the job, {of}", cpu, _CPU, unit=" s/GiB"))
-    loaded = statistics.median(phases["restore"] for phases in found.lost)
+    loaded = statistics.median(phases["restore"] for phases in lost.phases)
     report.check(Check(f"load after a node loss, in the job, {of}", loaded, _LOAD_S, unit=" s"))
     fetched = statistics.median(alone["exchange alone: fetch"])
     report.check(Check(f"load after a node loss, exchange alone, {of}", fetched, _LOAD_S, unit=" s"))
@@ -158,10 +161,12 @@ def measure(quick: bool) -> Report:
     report, size = Report("nodes", "Snapshots on two nodes, and a lost node's state back", quick), _QUICK if quick else _FULL
     progress("bare sockets, and the exchange alone")
     bare, alone = bare_seconds(size.mib * MIB, size.repeat), _alone(size.mib, size.repeat)
-    progress(f"a job with FSDP2 on two nodes; {size.losses} of its nodes die")
     with tempfile.TemporaryDirectory(prefix="gemini-bench-") as name, site(Path(name)) as place:
-        found = _job(place, size)
-    _report(report, size, found, alone, bare)
+        progress("a job with FSDP2 on two nodes")
+        kept = _keep(place, size)
+        progress(f"another one, {size.losses} of whose nodes die")
+        lost = _lose(place, size)
+    _report(report, size, kept, lost, alone, bare)
     return report
 
 

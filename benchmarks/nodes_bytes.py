@@ -8,7 +8,6 @@ sends. It is compared with what `state.ownership` says must travel.
 from __future__ import annotations
 
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +15,10 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 
 from benchmarks.common import Check, Report, main, number, progress
-from benchmarks.nodes_job import NoNamespaces, Recipe, Site, site, sizes
-from lightning_gemini.agent.memory import REPLICATED, reached
+from benchmarks.nodes_job import Recipe, wait_until_replicated
+from benchmarks.nodes_site import NoNamespaces, Site, site, sizes
 from tests.support.nodes import Nodes
 
-_LIMIT_S = 60.0
-_POLL_S = 0.001
 _KINDS = {"ddp": "DDP", "fsdp": "FSDP2", "across": "HSDP, replicas on other nodes", "within": "HSDP, replicas on the own node"}
 _COPIES = 2
 _CLOSE = 1.05
@@ -56,19 +53,12 @@ class Wire(pl.Callback):
         step = trainer.global_step
         if step not in self.at:
             return
-        self._wait_until_replicated(trainer.strategy, step)
+        wait_until_replicated(trainer.strategy, step)
         trainer.strategy.barrier()  # nobody computes, and sends, while another one reads
         if trainer.local_rank == 0:
             note = Path(trainer.default_root_dir) / f"sent-{step}-{trainer.global_rank // self.per_node}"
             note.write_text(str(_sent(Nodes.interface)))
         trainer.strategy.barrier()
-
-    def _wait_until_replicated(self, strategy: Any, step: int) -> None:
-        board, deadline = strategy.link.board, time.monotonic() + _LIMIT_S
-        while not reached(board.get(board.job, REPLICATED), strategy.world.generation, step):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"step {step} was not replicated within {_LIMIT_S:g} s")
-            time.sleep(_POLL_S)
 
 
 def _sent(interface: str) -> int:

@@ -10,7 +10,8 @@ import functools
 import time
 from dataclasses import replace
 
-from benchmarks.nodes_job import Recipe, Site, completed_after, ended, kill, open_gate, passed, replicated, spare_ready
+from benchmarks.nodes_job import Recipe
+from benchmarks.nodes_site import Site, completed_after, ended, kill, open_gate, passed, replicated, spare_ready
 from tests.support.cluster import JobOnNodes
 
 _LIMIT_S = 120.0

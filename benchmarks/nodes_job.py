@@ -1,17 +1,13 @@
-"""The training on several nodes that is measured, and how its runs are started, struck and read.
+"""The training on several nodes that is measured: an MLP with AdamW under FSDP2, DDP or HSDP.
 
-An MLP with AdamW under FSDP2, DDP or HSDP. Processes are forked from the benchmark, one agent and its ranks per node, as the tests do it:
-what imports cost is in no figure. Every rank appends a `Mark` for each completed step; agents write their telemetry.
+Every rank appends a `Mark` for each completed step, and tells at the end what its state weighs. `nodes_site` starts it and reads that.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shlex
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,15 +22,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.job import Gate
 from lightning_gemini import GeminiFSDP2Strategy, GeminiStrategy
+from lightning_gemini.agent.memory import REPLICATED, reached
 from tests.multinode.models import Recipe as Layout
 from tests.multinode.models import hybrid
-from tests.support.cluster import JobOnNodes, on_nodes
-from tests.support.etcd import Etcd
-from tests.support.nodes import Nodes
 
 FEATURES = 64
-_ETCD = ("--heartbeat-interval", "10", "--election-timeout", "100", "--unsafe-no-fsync")
 _LIMIT_S = 120.0
+_POLL_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +43,7 @@ class Recipe:
     batch: int = 4
     steps: int = 10
     gates: tuple[int, ...] = ()
-    """Before these steps the ranks wait until the benchmark lets them go on."""
+    """Before these steps the ranks wait until the benchmark lets them go on. What they then have is captured, whatever the options."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of our strategy."""
 
@@ -105,6 +99,29 @@ def _local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
 
 
+class Settle(pl.Callback):
+    """Before each of `steps` the ranks wait until their newest snapshot is replicated: the next one is then captured for sure."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = set(steps)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        strategy: Any = trainer.strategy
+        if trainer.global_step not in self.steps or not hasattr(strategy, "engine"):
+            return
+        if strategy.landing is None:  # a replaced rank goes through what its peers have long done
+            wait_until_replicated(strategy, strategy.engine.memory.capturing)
+
+
+def wait_until_replicated(strategy: Any, step: int) -> None:
+    """Until the peers of all ranks keep the snapshots of a step. Raises `TimeoutError`."""
+    board, deadline = strategy.link.board, time.monotonic() + _LIMIT_S
+    while not reached(board.get(board.job, REPLICATED), strategy.world.generation, step):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"step {step} was not replicated within {_LIMIT_S:g} s")
+        time.sleep(_POLL_S)
+
+
 class Net(pl.LightningModule):
     """`depth` square layers of `width`, each one unit of FSDP."""
 
@@ -138,6 +155,10 @@ class Net(pl.LightningModule):
         return optimizer
 
 
+Strategist = Callable[[Recipe, Path], Any]
+"""Makes the strategy of a job."""
+
+
 def our_strategy(recipe: Recipe, directory: Path) -> Any:
     """Ours, for a recipe."""
     options = {"telemetry": {"directory": str(directory / "gemini"), "banner": False}, **recipe.options}
@@ -154,7 +175,7 @@ def plain_strategy(recipe: Recipe, directory: Path) -> Any:
 
 
 def script(
-    directory: Path, recipe: Recipe, *callbacks: pl.Callback, strategy: Callable[[Recipe, Path], Any] = our_strategy
+    directory: Path, recipe: Recipe, *callbacks: pl.Callback, strategy: Strategist = our_strategy
 ) -> Callable[[], None]:
     """What every rank runs."""
 
@@ -163,127 +184,14 @@ def script(
         pl.seed_everything(1)
         meter, chosen = Meter(directory), strategy(recipe, directory)
         ours = isinstance(chosen, (GeminiStrategy, GeminiFSDP2Strategy))
+        gates = [Settle([gate - 1 for gate in recipe.gates]), Gate(directory, list(recipe.gates))]
         trainer = pl.Trainer(
             accelerator="cpu", devices=recipe.per_node if ours else recipe.world, num_nodes=recipe.nodes if ours else 1,
             strategy=chosen, max_steps=recipe.steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=str(directory), callbacks=[Gate(directory, list(recipe.gates)), meter, *callbacks],
+            enable_model_summary=False, default_root_dir=str(directory), callbacks=[*gates, meter, *callbacks],
         )  # fmt: skip
         count = recipe.steps * recipe.batch * recipe.world
         data = TensorDataset(torch.rand(count, FEATURES), torch.rand(count, 1))
         trainer.fit(Net(recipe, meter), DataLoader(data, recipe.batch, shuffle=True))
 
     return train
-
-
-# ---- where jobs run
-
-
-class NoNamespaces(RuntimeError):
-    """This machine, or this user, cannot make network namespaces."""
-
-
-@dataclass(slots=True)
-class Site:
-    """An etcd, and a folder for jobs; with `nodes`, network namespaces for them, the last one of which has the etcd."""
-
-    directory: Path
-    url: str
-    nodes: Nodes | None = None
-
-    def start(self, recipe: Recipe, *callbacks: pl.Callback, spares: int = 0, **more: Any) -> JobOnNodes:
-        """A job under way; the caller ends it with `stop`."""
-        directory = self.directory / f"job-{uuid.uuid4().hex[:8]}"
-        target = script(directory, recipe, *callbacks, **more)
-        return on_nodes(directory, [self.url], target, recipe.nodes, recipe.per_node, spares, nodes=self.nodes)
-
-    def run(self, recipe: Recipe, *callbacks: pl.Callback, **more: Any) -> JobOnNodes:
-        """A job without faults, to its end."""
-        job = self.start(recipe, *callbacks, **more)
-        ended(job)
-        return job
-
-
-def ended(job: JobOnNodes, lost: tuple[int, ...] = ()) -> None:
-    """Wait for the end of a job. Raises with its last words when a node other than those that are lost has failed."""
-    try:
-        statuses = job.wait(_LIMIT_S)
-    finally:
-        job.stop()
-    if failed := {number: status for number, status in statuses.items() if status and number not in lost}:
-        raise RuntimeError(f"nodes ended with {failed}:\n{job.outputs()}")
-
-
-@contextlib.contextmanager
-def site(directory: Path, namespaces: int = 0) -> Iterator[Site]:
-    """A site on loopback, or one with so many namespaces for nodes. Raises `NoNamespaces`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if not namespaces:
-        etcd = Etcd(directory / "etcd", flags=_ETCD)
-        try:
-            yield Site(directory, etcd.url)
-        finally:
-            etcd.stop()
-        return
-    try:
-        nodes = Nodes(namespaces + 1)
-    except OSError as error:
-        raise NoNamespaces(f"network namespaces cannot be made here: {error}") from None
-    try:
-        server = Etcd(directory / "etcd", host=nodes.address(namespaces), port=2379, flags=_ETCD, start=False)
-        running = nodes.exec(namespaces, "sh", "-c", f"exec {shlex.join(server.command)} >{directory}/etcd.log 2>&1")
-        try:
-            yield Site(directory, server.url, nodes)
-        finally:
-            running.kill()
-            running.communicate()
-    finally:
-        nodes.close()
-
-
-# ---- what jobs leave
-
-
-def marks(directory: Path, rank: int) -> list[Mark]:
-    """The completed steps of a rank, in the order of time; a torn line is left out."""
-    path = directory / f"marks-rank{rank}.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [Mark(*json.loads(line)) for line in lines if line.startswith("[") and line.endswith("]")]
-
-
-def sizes(directory: Path, rank: int) -> dict[str, int]:
-    """Bytes of a rank's state: `held` on its device, `owned` in its arena, `travelling` to each peer."""
-    found: dict[str, int] = json.loads((directory / f"sizes-rank{rank}.json").read_text())
-    return found
-
-
-def passed(job: JobOnNodes, step: int) -> bool:
-    """Whether all ranks have completed `step` steps, so that they wait at its gate."""
-    return all(any(mark.step >= step for mark in marks(job.directory, rank)) for rank in range(job.count * job.per_node))
-
-
-def replicated(job: JobOnNodes, step: int) -> bool:
-    """Whether the snapshots of a step are kept by the peers of all ranks."""
-    return len({event["rank"] for event in job.named("replicated") if event["step"] >= step}) == job.count * job.per_node
-
-
-def open_gate(job: JobOnNodes, step: int) -> None:
-    """The ranks go on."""
-    (job.directory / f"go-{step}").touch()
-
-
-def spare_ready(job: JobOnNodes, number: int) -> bool:
-    """Whether the processes of a spare node have run the script up to `fit`."""
-    return len(job.named_of(number, "spare_ready")) >= job.per_node
-
-
-def completed_after(directory: Path, world: int, step: int, since_ns: int) -> float:
-    """Seconds from `since_ns` until all ranks have completed the step after `step`, for the first time since then."""
-    done = [min((m.done_ns for m in marks(directory, rank) if m.step > step and m.done_ns > since_ns), default=0) for rank in range(world)]
-    return (max(done) - since_ns) / 1e9 if all(done) else float("inf")
-
-
-def kill(job: JobOnNodes, number: int) -> int:
-    """All processes of a node at once; the moment before, in monotonic ns."""
-    now = time.monotonic_ns()
-    job.kill(number)
-    return now

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.common import Check, Report, main, progress
-from benchmarks.nodes_job import Recipe, Site, marks, plain_strategy, script, site, sizes
+from benchmarks.nodes_job import Recipe, plain_strategy, script
+from benchmarks.nodes_site import Site, marks, site, sizes
 from tests.support.jobs import Result, run_job
 from tests.support.plain import run_plain
 
@@ -39,7 +40,7 @@ class Size:
     """Steps of the model of next to nothing."""
 
 
-_FULL = Size(width=1024, depth=12, batch=256, steps=12, pairs=3, tiny=150)
+_FULL = Size(width=1024, depth=12, batch=128, steps=12, pairs=3, tiny=150)
 _QUICK = Size(width=512, depth=4, batch=64, steps=5, pairs=1, tiny=30)
 
 

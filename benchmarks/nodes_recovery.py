@@ -17,7 +17,8 @@ from pathlib import Path
 
 from benchmarks.common import Check, Report, main, progress
 from benchmarks.nodes_faults import cut_node, lose_nodes, restart
-from benchmarks.nodes_job import NoNamespaces, Recipe, Site, site
+from benchmarks.nodes_job import Recipe
+from benchmarks.nodes_site import NoNamespaces, Site, site
 from benchmarks.nodes_torchrun import lose_nodes_of_torchrun
 
 _FIRST, _APART = 3, 3
@@ -43,8 +44,7 @@ _QUICK = Size(kills=1, cuts=1, restarts=1, torchrun=1)
 
 def _recipe(kind: str, faults: int, **options: dict[str, object]) -> Recipe:
     gates = tuple(_FIRST + _APART * fault for fault in range(faults))
-    waiting = {"replication": {"when_behind": "wait"}, **options}
-    return Recipe(kind, 2, 1, _WIDTH, _DEPTH, batch=8, steps=gates[-1] + 3, gates=gates, options=waiting)
+    return Recipe(kind, 2, 1, _WIDTH, _DEPTH, batch=8, steps=gates[-1] + 3, gates=gates, options=dict(options))
 
 
 def _killed(place: Site, kind: str, count: int) -> tuple[list[float], Phases]:

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from benchmarks.common import MIB, Check, Report, main, number, progress
-from benchmarks.nodes_job import Mark, Recipe, Site, marks, our_strategy, plain_strategy, script, site, sizes
+from benchmarks.nodes_job import Mark, Recipe, our_strategy, plain_strategy, script
+from benchmarks.nodes_site import Site, marks, site, sizes
 from lightning_gemini import GeminiFSDP2Strategy
 from tests.support.plain import run_plain
 

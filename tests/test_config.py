@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,9 @@ from lightning_gemini.config import (
     TelemetryConfig,
     parse,
 )
+from lightning_gemini.placement import place, recovery_probability
+
+ROOT = Path(__file__).parents[1]
 
 KINDS = [
     SnapshotConfig,
@@ -179,8 +183,42 @@ def test_the_key_of_the_caller_is_the_prefix() -> None:
         parse(SnapshotConfig, {"x": 1}, "trainer.strategy.snapshot")
 
 
+def rows(guide: str, pattern: str) -> list[tuple[str, ...]]:
+    """Of the tables in a guide."""
+    return re.findall(pattern, (ROOT / "docs" / guide).read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("guide", "group", "kind"),
+    [
+        ("nodes.md", "replication", ReplicationConfig),
+        ("nodes.md", "membership", MembershipConfig),
+        ("storage.md", "persistent", PersistentConfig),
+    ],
+)
+def test_guides_have_every_setting(guide: str, group: str, kind: Any) -> None:
+    written = {"": "empty", "None": "null"}
+    defaults = {name: written.get(str(value), str(value)) for name, value in dataclasses.asdict(kind()).items()}
+    assert dict(rows(guide, rf"^\| `{group}\.(\w+)` \| (\S+) \|")) == defaults
+
+
+def test_the_guide_has_the_probabilities() -> None:
+    found = rows("nodes.md", r"^\| (\d+) \| (.*) \|$")
+    assert len(found) == 7
+    for nodes, cells in found:
+        cases = [(2, 1), (2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (3, 4)]
+        assert cells.split(" | ") == [percent(int(nodes), copies, lost) for copies, lost in cases]
+
+
+def percent(nodes: int, copies: int, lost: int) -> str:
+    if copies > nodes or lost > nodes:
+        return "–"
+    value = 100 * recovery_probability(place([""] * nodes, copies), lost)
+    return f"{value:.0f}" if value in (0, 100) else f"{value:.1f}" if value < 99.95 else f"{value:.2f}" if value < 99.995 else "> 99.99"
+
+
 def test_imports_neither_torch_nor_lightning() -> None:
     """The agent reads its options with this module and must start in milliseconds."""
-    package = Path(__file__).parents[1] / "lightning_gemini"
+    package = ROOT / "lightning_gemini"
     code = "import sys, config; assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "PYTHONPATH": str(package)})

@@ -263,8 +263,10 @@ class Coordinator:
         return True
 
     def counters(self, rank: int) -> Mapping[str, int]:
-        """Collectives that a rank of this node had completed when it stood still, by group."""
-        return self.recovery.inventory[rank].counters if self.recovery and rank in self.recovery.inventory else {}
+        """Collectives that a rank of this node goes on after, by group. One that lands goes through all again that came after its boundary,
+        whatever its predecessor had completed: it wants all results that there are."""
+        inventory = self.recovery.inventory.get(rank) if self.recovery else None
+        return inventory.counters if inventory is not None and inventory.alive else {}
 
     def fetch(self, number: int, decided: RecoveryPlan, failed: Callable[[BaseException], None]) -> None:
         """Get what the plan needs from other nodes, then carry it out."""

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from urllib.parse import urlsplit
 
 from lightning_gemini.agent.cluster import Cluster
@@ -91,8 +92,9 @@ def _membership(config: MembershipConfig, cluster: Cluster, node: Node) -> EtcdM
 
 
 def _digest(script: Sequence[str]) -> str:
-    """Of the command line: all nodes run the same. The interpreter's path may differ."""
-    return hashlib.blake2b("\0".join(script[1:] if script[:1] == [sys.executable] else script).encode(), digest_size=8).hexdigest()
+    """Of the command line and the package's version: all nodes run the same. The interpreter's path may differ."""
+    words = [version("lightning_gemini"), *(script[1:] if script[:1] == [sys.executable] else script)]
+    return hashlib.blake2b("\0".join(words).encode(), digest_size=8).hexdigest()
 
 
 def _address_towards(url: str) -> str:

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from lightning_gemini.agent.memory import BOUNDARY, END_AT, GATE, REPLICATED, REPLICATED_AT_GATE, TENSORS, Board, step_of, tag
 from lightning_gemini.agent.votes import Result, Votes, Words, parent
+from lightning_gemini.peers.errors import RendezvousError
 
 _FRAME = struct.Struct("<QQ8Q")  # kind, generation, words, replicated at gate, complete checkpoint
 _UP, _DOWN = 1, 2
@@ -55,6 +56,8 @@ class Connection:
         self._ready()
 
     def _ready(self) -> None:
+        if self.sock.fileno() < 0:  # closed by something that was ready at the same time
+            return
         try:
             self._read()
             self._write()
@@ -120,10 +123,10 @@ class Mesh:
         for place, connection in list(self._connections.items()):
             if place >= len(nodes) or nodes[place] != connection.node:
                 self._connections.pop(place).close()
-        self._number, self._nodes, self._board = number, nodes, board
-        board.set(board.job, END_AT, 0)
-        self._parent = parent(index)
-        self._votes = Votes(index, len(nodes), self._up, self._down, lambda word: tag(number, step_of(word) + 2))
+        if (number, board) != (self._number, self._board):  # else vacant places were filled: what others have said still counts
+            board.set(board.job, END_AT, 0)
+            self._votes = Votes(index, len(nodes), self._up, self._down, lambda word: tag(number, step_of(word) + 2))
+        self._number, self._nodes, self._board, self._parent = number, nodes, board, parent(index)
         if self._parent is not None and self._parent not in self._connections:
             self._dial(self._parent)
 
@@ -206,7 +209,7 @@ class Mesh:
         while not over.is_set():
             try:
                 sock = self._dialler.connect_control(index)
-            except (OSError, KeyError):
+            except (OSError, KeyError, RendezvousError):
                 over.wait(_RETRY_S)
                 continue
             self._dialled.append((number, index, sock))

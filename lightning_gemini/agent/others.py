@@ -48,6 +48,7 @@ class Others:
         self._kept: dict[tuple[int, str], int] = {}
         """(rank of this node, other node) -> step that it keeps."""
         self._ending = 0
+        self._told_behind = False
         self._waiting: list[tuple[list[concurrent.futures.Future[Any]], Callable[[], None]]] = []
         """Fetches under way, and what follows when all of one are done."""
 
@@ -129,7 +130,7 @@ class Others:
         """The newest step of which all ranks of this node are kept by all their peers; -1 for none."""
         steps = [self._kept.get((rank, self._nodes[index]), -1) for rank in self._coordinator.own_ranks() for index in self._targets]
         held = self._coordinator.persisting.held  # while it is being copied, the next capture must not overwrite it
-        return min(steps, default=ALWAYS) if held < 0 else min(*steps, held - 1)
+        return min(steps, default=ALWAYS) if held < 0 else min([*steps, held - 1])
 
     def completed(self, word: int) -> None:
         """See `OtherNodes`."""
@@ -148,7 +149,14 @@ class Others:
     def on_replicated(self, rank: int, step: int, index: int) -> None:
         """See `replication.events.Observer`."""
         self._kept[rank, self._nodes[index]] = step
-        self._coordinator.emit("replicated", rank=rank, step=step, node=index)
+        behind = step_of(self._coordinator.board.get(self._coordinator.place(rank), BOUNDARY)) - step
+        self._coordinator.emit("replicated", rank=rank, step=step, node=index, behind=behind)
+        if behind > 1 and not self._told_behind:
+            self._told_behind = True
+            self._say(
+                f"replication is slower than training: the snapshot of rank {rank} at step {step} got to node {index} {behind} steps "
+                "later. A lost node costs that many (see replication.when_behind)"
+            )
         self._vote()
 
     def on_failed(self, rank: int, step: int, index: int, why: str) -> None:
@@ -222,7 +230,7 @@ class Others:
             log.allocate(coordinator.config.snapshot.collective_log_mib * _MIB)
             log.rotate({})
             for found in results:
-                for (group, index), data in found.items():
+                for (group, index), data in reversed(list(found.items())):  # newest first: should all not fit, the oldest is needed least
                     log.append(group, index, data)
         finally:
             log.close()

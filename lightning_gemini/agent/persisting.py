@@ -12,6 +12,7 @@ process that dies is started again then. Ranks wait for it in one case only: bef
 
 from __future__ import annotations
 
+import functools
 import re
 import selectors
 import time
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from lightning_gemini.agent.memory import TENSORS, reached, step_of, tag
 from lightning_gemini.config import PersistentConfig
+from lightning_gemini.snapshot.slots import SlotFile
 from lightning_gemini.storage import messages
 from lightning_gemini.storage.layout import directory
 from lightning_gemini.storage.messages import Answer, Message, Place
@@ -197,7 +199,13 @@ class Persisting:
         captured = coordinator.board.least(TENSORS)
         if len(places) == coordinator.ranks_per_node and reached(captured, coordinator.number, step):
             self._due.clear()
-            self._persist(step, [places[rank] for rank in sorted(places)])
+            if all(map(functools.partial(_has, step), coordinator.files.arenas)):
+                self._persist(step, [places[rank] for rank in sorted(places)])
+            else:
+                coordinator.emit("persist_skipped", step=step)
+                self._node.say(
+                    f"step {step} is not persisted, storage is behind: raise persistent.every_n_steps={self._config.every_n_steps}"
+                )
 
     def _busy(self) -> bool:
         return bool(self._waiting)
@@ -267,3 +275,12 @@ class Persisting:
         if word:
             self._completed = max(self._completed, word)
             self.newest = max(self.newest, (step_of(word), self.path(word)))
+
+
+def _has(step: int, arena: int) -> bool:
+    """Whether the snapshot of a step is in an arena still."""
+    file = SlotFile(arena)
+    try:
+        return file.find(step) is not None
+    finally:
+        file.close()

@@ -101,7 +101,7 @@ class SlotFile:
         return next((slot for slot in reversed(self.slots()) if slot.step == step), None)
 
     def begin(self, instead_of: int | None = None) -> int:
-        """Take the slot to overwrite, that of step `instead_of`, else an empty one, else the older, and invalidate it; returns its index."""
+        """Take the slot to overwrite and invalidate it: that of step `instead_of`, else an empty one, else the older. Returns its index."""
         kept = self.slots()
         same = [slot.place for slot in kept if slot.step == instead_of]
         index = same[-1] if same else 1 - kept[-1].place if kept else 0

@@ -37,8 +37,8 @@ overrides=("$@")
 start "$out/etcd.log" etcd --data-dir "$out/etcd" --listen-client-urls "$etcd" --advertise-client-urls "$etcd" \
     --listen-peer-urls "$peer" --initial-advertise-peer-urls "$peer" --initial-cluster "default=$peer"
 await "ready to serve client requests" "$out/etcd.log" "${leaders[0]}"
-node 0 --node-rank 0
-node 1 --node-rank 1
+node 0
+node 1
 node 2 --spare
 await "step 20:" "$out/node0.log" "${leaders[1]}"
 kill -9 -- "-${leaders[2]}"

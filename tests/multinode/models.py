@@ -33,8 +33,8 @@ class Struck(RuntimeError):
 
 @dataclass(frozen=True)
 class Strike:
-    """`where`: a hook below. `kind`: node, agent, kill, raise, stop, hold (tell the test, and wait for the end), or wait (for a
-    file `go`)."""
+    """`where`: a hook below. `kind`: node, agent, kill, raise, stop, mark (only tell the test), or wait (for a file `go`,
+    or for its end)."""
 
     where: str
     rank: int
@@ -85,8 +85,6 @@ class Saboteur(pl.Callback):
             file.write(f"{os.getpid()}\n")
         if strike.kind == "raise":
             raise Struck(f"{strike}")
-        if strike.kind == "hold":
-            signal.sigtimedwait([signal.SIGUSR1], _LIMIT_S)
         if strike.kind == "wait":
             self._wait_for(self.directory / "go")
         if strike.kind == "node":
@@ -160,6 +158,8 @@ class Model(Net):
 
     def __init__(self, recipe: Recipe, saboteur: Saboteur, per_node: int) -> None:
         super().__init__(width=192, fsdp=recipe.kind != "ddp")
+        if self.fsdp:
+            del self.net[5:9]  # each layer costs collectives in each step, and shows nothing new
         self.recipe, self.per_node = recipe, per_node
         self.saboteur = saboteur
         self.automatic_optimization = not recipe.manual
@@ -190,7 +190,7 @@ class Model(Net):
             self.manual_backward(loss)
             self.saboteur("manual")
             optimizer.step()  # type: ignore[union-attr]
-            scheduler.step()  # type: ignore[union-attr, call-arg]
+            scheduler.step()  # type: ignore[union-attr]
         return loss
 
 

@@ -14,7 +14,7 @@ from tests.support.cluster import JobOnNodes, on_nodes
 from tests.support.etcd import Cluster, Etcd
 from tests.support.nodes import Nodes
 
-NODES = 4
+NODES = 5
 """For the job; those after them have an etcd each."""
 QUICK = ("--heartbeat-interval", "10", "--election-timeout", "100", "--unsafe-no-fsync")
 CALM = ("--heartbeat-interval", "50", "--election-timeout", "500", "--unsafe-no-fsync")

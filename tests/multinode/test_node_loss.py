@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.multinode.lab import Lab
 from tests.multinode.models import Recipe, Strike
 
-DDP, FSDP, RING = Recipe("ddp", 4), Recipe("fsdp", 4), Recipe("fsdp", 3)
+DDP, FSDP, SMALL, RING = Recipe("ddp", 4), Recipe("fsdp", 4), Recipe("fsdp", 2), Recipe("fsdp", 3)
 
-CASES = {
+CASES: dict[str, tuple[Recipe, int, Strike, dict[str, Any]]] = {
     "root in forward": (FSDP, 2, Strike("forward", 0, 3, kept=True), {}),
     "other in forward": (FSDP, 2, Strike("forward", 3, 3, kept=True), {}),
-    "optimizer": (FSDP, 2, Strike("optimizer", 1, 3), {}),
+    "optimizer": (SMALL, 2, Strike("optimizer", 1, 3), {}),
     "optimizer, ddp": (DDP, 2, Strike("optimizer", 2, 3), {}),
-    "validation": (FSDP, 2, Strike("validation", 0, 4, kept=True), {}),
+    "validation": (SMALL, 2, Strike("validation", 0, 4, kept=True), {}),
     "validation, ddp": (DDP, 2, Strike("validation", 1, 2, kept=True), {}),
-    "end of epoch": (FSDP, 2, Strike("epoch_end", 2, 4, kept=True), {}),
+    "end of epoch": (SMALL, 2, Strike("epoch_end", 1, 4, kept=True), {}),
     "end of epoch, ddp": (DDP, 2, Strike("epoch_end", 0, 4, kept=True), {}),
     "last step": (DDP, 2, Strike("epoch_end", 2, 8, kept=True), {}),
     "ring of 3": (RING, 3, Strike("forward", 1, 3, kept=True), {}),

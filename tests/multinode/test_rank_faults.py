@@ -23,6 +23,8 @@ CASES = [
     ("ddp", "raise", "validation", 6, 0),
     ("within", "kill", "forward", 3, 1),
     ("across", "kill", "optimizer", 3, 2),
+    ("fsdp", "kill", "before_step", 4, 2),  # after a validation, all of which it goes through again
+    ("ddp", "kill", "before_step", 6, 0),
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gemini.storage import catalog
+from lightning_gemini.storage import catalog, layout
 from lightning_gemini.storage.catalog import Checkpoint, chosen
 from lightning_gemini.storage.files import Folder
 from lightning_gemini.storage.layout import FORMAT, METADATA, SUMMARY, Summary, is_ours
@@ -27,7 +27,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def make(url: str, step: int, attempt: str = "a", *, complete: bool = True) -> str:
-    folder = Folder(f"{url}/{catalog.directory(step, attempt)}")
+    folder = Folder(f"{url}/{layout.directory(step, attempt)}")
     folder.make("gemini")
     for name in (FORMAT, "__0_0.distcp", "gemini/node-0.part", "gemini/rank-0.state", "meta.pt"):
         folder.write(name, b"1")
@@ -135,9 +135,9 @@ def test_a_url_that_nobody_knows() -> None:
 
 
 def test_names() -> None:
-    assert catalog.directory(7, "ab-1_2") == "step-7.ab-1_2"
+    assert layout.directory(7, "ab-1_2") == "step-7.ab-1_2"
     with pytest.raises(AssertionError):
-        catalog.directory(7, "a/b")
+        layout.directory(7, "a/b")
     assert is_ours("__12_0.distcp") and is_ours(".metadata.tmp") and is_ours("gemini/node-3.part")
     assert not any(map(is_ours, ["x/__1_0.distcp", "meta.pt.bak", "gemini/node-.part", "model.ckpt", "gemini/../x"]))
 

@@ -21,7 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.distributed import checkpoint as dcp
 
 from lightning_gemini.snapshot.slots import CorruptSnapshot, SlotFile
-from lightning_gemini.storage import catalog, gather, messages
+from lightning_gemini.storage import catalog, gather, layout, messages
 from lightning_gemini.storage.messages import Committed, Copied, Failed, Written
 from tests.storage.helpers import Node, files_of, nodes, serve
 from tests.storage.test_process import STEP, fill, persist, replicated, tensors
@@ -68,7 +68,7 @@ def failing_after(count: int, number: int = errno.ENOSPC) -> Callable[[], None]:
 
 def attempt(node: Node, url: str, step: int, name: str = "a") -> list[str]:
     """Persist and commit; the errors."""
-    path = f"{url}/{catalog.directory(step, name)}"
+    path = f"{url}/{layout.directory(step, name)}"
     node.send(messages.Persist, path=path, step=step, node=0, places=node.places())
     copied, written = node.hear(Copied), node.process and node.process.receive(wait=True)
     assert copied.step == step
@@ -198,7 +198,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         takes_s = time.monotonic() - began
         for step in range(3, 28):
             fill([node], replicated(2), step)
-            path = f"{tmp_path}/{catalog.directory(step, 'k')}"
+            path = f"{tmp_path}/{layout.directory(step, 'k')}"
             assert node.process is not None
             timer = threading.Timer(source.random() * takes_s * 1.1, node.process.child.kill)
             timer.start()

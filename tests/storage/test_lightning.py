@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from lightning_gemini.storage import catalog, messages
+from lightning_gemini.storage import layout, messages
 from tests.storage.helpers import Node, nodes
 from tests.storage.lightning import Net, State, left, resumed, same
 
@@ -19,7 +19,7 @@ STEP = 3
 
 def persisted(url: Path, made: list[Node]) -> Path:
     """The checkpoint of what is in the arenas."""
-    path = f"{url}/{catalog.directory(STEP, 'a')}"
+    path = f"{url}/{layout.directory(STEP, 'a')}"
     for node in made:
         node.persist(path, STEP, node.number, len(made))
     made[0].ask(messages.Commit, messages.Committed, path=path, step=STEP, nodes=[node.number for node in made])

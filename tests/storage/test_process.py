@@ -17,7 +17,7 @@ from lightning_gemini.snapshot import arena
 from lightning_gemini.snapshot.slots import SlotFile
 from lightning_gemini.state.catalogue import Entry
 from lightning_gemini.state.ownership import Layout, owned
-from lightning_gemini.storage import catalog, messages, process
+from lightning_gemini.storage import catalog, layout, messages, process
 from lightning_gemini.storage.description import Description, Value, publish
 from lightning_gemini.storage.layout import Key, Part, decode, part_file
 from tests.storage.helpers import CHUNK, Node, files_of, nodes
@@ -87,7 +87,7 @@ def _saved(value: Any) -> bytes:
 
 
 def persist(made: list[Node], url: Path | str, step: int = STEP) -> str:
-    path = f"{url}/{catalog.directory(step, 'a')}"
+    path = f"{url}/{layout.directory(step, 'a')}"
     for node in made:
         node.persist(path, step, node.number, len(made))
     made[0].ask(messages.Commit, messages.Committed, path=path, step=step, nodes=[node.number for node in made])
@@ -187,7 +187,7 @@ def test_the_process_that_users_get(tmp_path: Path) -> None:
     with nodes([0]) as (node,):
         fill([node], replicated(1))
         node.process = process.StorageProcess.start(process.spawner(), arenas=node.arenas, description=node.description)
-        path = f"{tmp_path}/{catalog.directory(STEP, 'a')}"
+        path = f"{tmp_path}/{layout.directory(STEP, 'a')}"
         node.persist(path, STEP)
         assert node.ask(messages.Commit, messages.Committed, path=path, step=STEP, nodes=[0]).removed == []
         threads = [int(thread) for thread in os.listdir(f"/proc/{node.process.child.pid}/task")]
@@ -280,7 +280,7 @@ def test_retention_goes_with_a_commit(tmp_path: Path) -> None:
     with nodes([0]) as (node,):
         for step in (1, 2, 3):
             fill([node], replicated(1), step)
-            path = f"{tmp_path}/{catalog.directory(step, 'a')}"
+            path = f"{tmp_path}/{layout.directory(step, 'a')}"
             node.persist(path, step)
             done = node.ask(messages.Commit, messages.Committed, path=path, step=step, nodes=[0], keep_last=2)
         assert done.removed == ["step-1.a"] and done.warning == ""

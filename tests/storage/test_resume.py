@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lightning_gemini.storage import catalog, messages, resume
+from lightning_gemini.storage import layout, messages, resume
 from tests.storage.helpers import in_processes, nodes
 from tests.storage.lightning import Begin, Leave, Net, Resumed, State, environ, left, loader, same, trainer
 
@@ -61,7 +61,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """URL of a checkpoint of two ranks of one node."""
     with nodes([0, 1]) as (node,):
         state = left(request.param, [node], STEP)
-        path = f"file://{tmp_path_factory.mktemp('tier')}/{catalog.directory(STEP, 'a')}"
+        path = f"file://{tmp_path_factory.mktemp('tier')}/{layout.directory(STEP, 'a')}"
         node.persist(path, STEP)
         node.ask(messages.Commit, messages.Committed, path=path, step=STEP, nodes=[0])
         return path, state

@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -195,6 +195,18 @@ class Nodes:
         words = ["root", "tbf", "rate", rate, "burst", "32kbit", "latency", "100ms"]
         run("tc", "-n", f"{self._name}-{number}", "qdisc", "replace", "dev", self.interface, *words)
         run("tc", "-n", self._switch, "qdisc", "replace", "dev", f"port{number}", *words)
+
+    def slow_ports(self, number: int, rate: str, ports: Iterable[int]) -> None:
+        """What a node sends to these ports, or from them, gets no more than `rate`. All else passes by, small packets first of all: as
+        where a line is shared fairly."""
+        tc = ["tc", "-n", f"{self._name}-{number}"]
+        run(*tc, "qdisc", "replace", "dev", self.interface, "root", "handle", "1:", "htb", "default", "1")
+        for name, limit in (("1:1", "1gbit"), ("1:2", rate)):
+            run(*tc, "class", "add", "dev", self.interface, "parent", "1:", "classid", name, "htb", "rate", limit)
+        rules = [("1", "u16", "0", "0xff00", "at", "2", "flowid", "1:1")]  # no longer than 255 bytes
+        rules += [("2", "ip", end, str(port), "0xffff", "flowid", "1:2") for end in ("dport", "sport") for port in ports]
+        for prio, *match in rules:
+            run(*tc, "filter", "add", "dev", self.interface, "parent", "1:", "protocol", "ip", "prio", prio, "u32", "match", *match)
 
     def black_hole(self, number: int, address: str) -> None:
         """What a node sends to an address is lost, as behind a firewall that drops: no refusal, no error."""

@@ -13,11 +13,11 @@ from tests.support.cluster import JobOnNodes
 LONG, SHORT = Recipe("fsdp", 2, steps=10), Recipe("fsdp", 2)
 FIRST, LAST = 3, 16
 """Steps between which the line is slow."""
-RATE = "2mbit"
+CRAWL, SLOW = "2mbit", "8mbit"
 """A snapshot of a node has half a megabyte."""
 
 
-def slow_down(network: Network, job: JobOnNodes) -> None:
+def slow_down(network: Network, job: JobOnNodes, rate: str) -> None:
     """The agents' lines; what the ranks tell each other has another one."""
     import msgspec
 
@@ -27,14 +27,14 @@ def slow_down(network: Network, job: JobOnNodes) -> None:
     found = network.etcd.ask("kv/range", key=b64encode(key.encode()).decode(), range_end=b64encode(f"{key[:-1]}0".encode()).decode())
     nodes = [msgspec.msgpack.decode(b64decode(pair["value"]), type=NodeInfo) for pair in found["kvs"]]
     for number in (0, 1):
-        network.nodes.slow_ports(number, RATE, [info.port for info in nodes])
+        network.nodes.slow_ports(number, rate, [info.port for info in nodes])
 
 
-def seconds(network: Network, job: JobOnNodes, *, slow: bool) -> float:
-    """For the steps from FIRST to LAST."""
+def seconds(network: Network, job: JobOnNodes, rate: str = "") -> float:
+    """Between two strikes; an empty rate is that of the machine."""
     held(job)
-    if slow:
-        slow_down(network, job)
+    if rate:
+        slow_down(network, job, rate)
     begun = time.monotonic()
     (job.directory / "go").touch()
     held(job, 1)
@@ -47,7 +47,7 @@ def test_no_step_waits_and_a_lost_node_goes_back_to_what_was_replicated(network:
         strikes = [Strike("forward", 0, FIRST, kind="wait"), Strike("forward", 1, LAST, kind="node" if slow else "mark")]
 
         def during(job: JobOnNodes, slow: bool = slow) -> None:
-            took[slow] = seconds(network, job, slow=slow)
+            took[slow] = seconds(network, job, CRAWL if slow else "")
 
         job = network.run(LONG, 2, *strikes, spares=1 if slow else 0, during=during)
         replicated = [event["step"] for event in job.named_of(1, "replicated")]
@@ -66,7 +66,7 @@ def test_steps_wait_where_that_was_chosen(network: Network) -> None:
     strikes = [Strike("forward", 0, 2, kind="wait"), Strike("forward", 1, 5)]
 
     def during(job: JobOnNodes) -> None:
-        print(f"3 steps in {seconds(network, job, slow=True):.2f} s")
+        print(f"3 steps in {seconds(network, job, SLOW):.2f} s")
 
     job = network.run(SHORT, 2, *strikes, spares=1, during=during, replication={"when_behind": "wait"})
     replicated = {event["step"] for event in job.named("replicated")}

@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import subprocess
+import tempfile
 import time
 
 from benchmarks.common import MIB, ROOT, Check, Report, main, progress
@@ -50,10 +51,10 @@ def _ours(mib: int, repeat: int) -> Found:
     return found[2:]  # both slots have been written once
 
 
-def _theirs(python: str, mib: int, repeat: int) -> Found:
+def _theirs(python: str, folder: str, mib: int, repeat: int) -> Found:
     """Raises `OSError` or `RuntimeError` with the reason why it cannot be measured."""
     port, environment = free_port(), {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [[python, str(_JOB), *map(str, (rank, port, mib, repeat))] for rank in range(2)]
+    command = [[python, str(_JOB), folder, *map(str, (rank, port, mib, repeat))] for rank in range(2)]
     both = [subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for line in command]
     try:
         said = [process.communicate(timeout=_LIMIT_S) for process in both]
@@ -80,7 +81,8 @@ def measure(quick: bool) -> Report:
     else:
         progress("lm-resiliency")
         try:
-            sides["lm-resiliency (no checksums)"] = _theirs(python, mib, repeat)
+            with tempfile.TemporaryDirectory(prefix="gemini-bench-") as folder:
+                sides["lm-resiliency (no checksums)"] = _theirs(python, folder, mib, repeat)
         except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
             report.say(f"lm-resiliency was not measured: {error}")
     _tell(report, mib, repeat, sides)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -20,15 +19,14 @@ _MIB = 1 << 20
 
 
 def main() -> None:
-    """Arguments: rank, port, MiB of state, saves."""
-    rank, port, mib, repeat = map(int, sys.argv[1:])
+    """Arguments: a folder that may be used, rank, port, MiB of state, saves."""
+    folder, (rank, port, mib, repeat) = sys.argv[1], map(int, sys.argv[2:])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     tensors = [torch.rand(mib * _MIB // 4 // _PIECES) for _ in range(_PIECES)]
-    with tempfile.TemporaryDirectory(prefix="gemini-bench-") as folder:
-        options = config.InMemoryCkptConfig(interval=1, disk_flush_interval=0, disk_folder=folder, run_id="benchmark", pin_memory=False)
-        saver: Any = manager.InMemoryCheckpointManager(options)
-        found = [_save(saver, tensors, step) for step in range(1, repeat + 3)][2:]  # both slots have been written once
+    options = config.InMemoryCkptConfig(interval=1, disk_flush_interval=0, disk_folder=folder, run_id="benchmark", pin_memory=False)
+    saver: Any = manager.InMemoryCheckpointManager(options)
+    found = [_save(saver, tensors, step) for step in range(1, repeat + 3)][2:]  # both slots have been written once
     print(json.dumps(found), flush=True)
     dist.destroy_process_group()
 

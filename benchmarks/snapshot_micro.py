@@ -26,6 +26,7 @@ from lightning_gemini.config import SnapshotConfig
 from lightning_gemini.recovery.memory import Memory, expected_size
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.state.catalogue import Entry
+from lightning_gemini.state.ownership import Layout
 
 Measured = dict[str, list[float]]
 _WAIT_S = 120.0
@@ -66,11 +67,11 @@ def _tensors(size: int) -> list[torch.Tensor]:
 
 def _memory(tensors: list[torch.Tensor]) -> Memory:
     """A rank's snapshot memory without an agent: this process owns the files itself."""
-    entries = [Entry(f"param/{i}", tensor, False) for i, tensor in enumerate(tensors)]
+    entries = [Entry(f"param/{i}", tensor, (0,), "r0", tuple(tensor.shape), (0,)) for i, tensor in enumerate(tensors)]
     files = create_files(1)
-    link = SimpleNamespace(rank=0, world=1, files=files, board=Board(files.board, 1))
-    memory = Memory(cast(Link, link), SnapshotConfig(), lambda: entries, list)
-    memory.allocate(expected_size(entries, [], 0, 1), 0)
+    link = SimpleNamespace(rank=0, world=1, files=files, board=Board(files.board, 1), place=lambda rank: rank, voted=lambda: None)
+    memory = Memory(cast(Link, link), SnapshotConfig(), Layout(0, 1, 1, 1), lambda: entries, list, replicated=False)
+    memory.allocate(expected_size(memory.owned(), entries, [], memory.chunk), 0)
     return memory
 
 

@@ -23,7 +23,7 @@ def ddp_arguments(kwargs: dict[str, Any]) -> None:
     for key in kwargs:
         if key not in known:
             raise ValueError(f"unknown key {key!r}={kwargs[key]!r} for GeminiStrategy: known keys are snapshot, recovery, telemetry, "
-                             f"faults, {', '.join(sorted(known))}")  # fmt: skip
+                             f"replication, membership, persistent, faults, {', '.join(sorted(known))}")  # fmt: skip
     if kwargs.get("static_graph"):
         raise ValueError("static_graph=True is not supported: a repeated step is a second graph to DDP; leave it out")
     if kwargs.get("start_method", "popen") != "popen":

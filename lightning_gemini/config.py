@@ -276,6 +276,8 @@ def _convert(hint: Any, value: object, key: str) -> Any:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ValueError(f"{key}={value!r} is not valid: give a list of faults, each with the keys {_names(FaultConfig)}")
         return [parse(FaultConfig, item, f"{key}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        value = list(value)  # OmegaConf's lists are none
     try:
         return msgspec.convert(value, hint, strict=True)
     except msgspec.ValidationError as error:

@@ -76,10 +76,7 @@ def test_nested_mappings(wrap: Any) -> None:
     )
 
 
-NO_LIST = pytest.mark.xfail(reason="`_convert` takes no ListConfig")
-
-
-@pytest.mark.parametrize("wrap", [dict, pytest.param(OmegaConf.create, marks=NO_LIST)], ids=["dict", "omegaconf"])
+@pytest.mark.parametrize("wrap", [dict, OmegaConf.create], ids=["dict", "omegaconf"])
 def test_a_list_of_texts(wrap: Any) -> None:
     value = wrap({"membership": {"etcd": ["http://a:2379", "https://b"]}})
     assert parse(GeminiConfig, value).membership.etcd == ["http://a:2379", "https://b"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import selectors
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 
 from lightning_gemini.agent.coordinator import Coordinator
@@ -42,6 +43,8 @@ class Node:
         self.expelled = False
         self.configured = False
         """A process of this node has reached `fit`."""
+        self._filling = False
+        """The arenas are being filled from a checkpoint."""
         self.ending = False
         """The job ends by a signal: nobody is replaced any more."""
         self.nobody = False
@@ -95,6 +98,10 @@ class Node:
     def on_generation(self, generation: Generation, nodes: Mapping[str, NodeInfo]) -> None:
         """See `membership.base.Observer`."""
         index, known = self.job.index_in(generation), self.coordinator.index is not None
+        shared = [host for host, count in Counter(nodes[node].host for node in generation.roster if node).items() if count > 1]
+        if shared:
+            self.end(1, f"two nodes have the address {shared[0]}: give each its own with --host, one that the others reach")
+            return
         if generation.number == 0 or index is None:
             self.coordinator.form(generation, nodes, index)
             for rank in self.coordinator.own_ranks():
@@ -145,7 +152,9 @@ class Node:
         first, member.begun = not member.begun, True
 
         def told(opened: Opened) -> None:
-            same = (opened.world, opened.nodes) == (self.coordinator.world, len(self.coordinator.generation.roster))
+            coordinator = self.coordinator
+            here = (coordinator.world, len(coordinator.generation.roster), coordinator.replicated)
+            same = (opened.world, opened.nodes, opened.replicated) == here
             if not opened.path or not first:
                 member.send(Begin())
             elif not same:
@@ -158,11 +167,14 @@ class Node:
 
     def _begin_from(self, opened: Opened) -> None:
         """All ranks of this node land at a checkpoint, once it is in their arenas."""
-        if len(self.crew.ranks()) < self.ranks_per_node or any(not member.in_fit for member in self.crew.ranks().values()):
-            return
+        members = [member for member in self.crew.ranks().values() if member.begun]
         number = self.coordinator.number
+        if len(members) < self.ranks_per_node or self._filling:
+            return
+        self._filling = True
 
         def filled(error: str) -> None:
+            self._filling = False
             if error:
                 self.end(1, f"the checkpoint {opened.path} could not be read: {error}")
             elif number == self.coordinator.number:

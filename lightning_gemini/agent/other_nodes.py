@@ -20,6 +20,9 @@ class OtherNodes(Protocol):
     def place(self) -> None:
         """Choose the placement group anew: the options are known, or the nodes are others."""
 
+    def describe(self) -> list[str]:
+        """Lines for the start: what the placement survives."""
+
     def voted(self) -> None:
         """Words of this node's ranks, or of its storage, have changed."""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_gemini.agent.memory import ALWAYS, BOUNDARY, GATE, TENSORS, reached, step_of, tag
 from lightning_gemini.agent.mesh import Mesh
 from lightning_gemini.agent.votes import Result, Words
-from lightning_gemini.placement import place
+from lightning_gemini.placement import Placement, describe, place
 from lightning_gemini.recovery.plan import RecoveryPlan
 from lightning_gemini.replication.exchange import Exchange
 from lightning_gemini.replication.fence import Peer
@@ -39,6 +39,7 @@ class Others:
         self.mesh: Mesh
         self._say = say
         self._coordinator: Coordinator
+        self._placement: Placement
         self._targets: tuple[int, ...] = ()
         self._keep: set[int] = set()
         """Ranks of other nodes whose replicas belong here."""
@@ -83,10 +84,15 @@ class Others:
         assert index is not None
         domains = [nodes[node].domain if node else "" for node in self._nodes]
         placement = place(domains, min(self._coordinator.config.replication.copies, len(domains)))
+        self._placement = placement
         self._targets = placement.targets[index]
         senders = [sender for sender, targets in enumerate(placement.targets) if index in targets]
         per_node = self._coordinator.ranks_per_node
         self._keep = {rank for sender in senders for rank in range(sender * per_node, (sender + 1) * per_node)}
+
+    def describe(self) -> list[str]:
+        """See `OtherNodes`."""
+        return describe(self._placement)
 
     def close(self) -> None:
         """See `OtherNodes`."""

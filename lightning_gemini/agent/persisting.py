@@ -157,7 +157,7 @@ class Persisting:
     def _on_opened(self, answer: Answer) -> None:
         if not isinstance(answer, messages.Opened):
             why = answer.error if isinstance(answer, messages.Failed) else repr(answer)
-            self._node.end(1, f"persistent.url={self._config.url!r} cannot be used: {why}")
+            self._node.end(1, why if why.startswith("persistent.") else f"persistent.url={self._config.url!r} cannot be used: {why}")
             return
         self._begin = answer
         if answer.path:
@@ -266,6 +266,7 @@ class Persisting:
                 nodes=list(range(len(coordinator.generation.roster))),
                 keep_last=self._config.keep_last,
                 keep_every_n_steps=self._config.keep_every_n_steps,
+                replicated=coordinator.replicated,
             ),
             answered,
         )

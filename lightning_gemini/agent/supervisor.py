@@ -247,6 +247,9 @@ class Supervisor:
         coordinator.configure(parse(GeminiConfig, message.config), replicated=replicated)
         coordinator.events = EventLog(message.directory, self.node.job.log_name, self.node.job.name)
         self.node.coordinator.emit("start", world=coordinator.world, spares=self.node.config.recovery.spares)
+        if coordinator.others is not None and coordinator.index == 0 and coordinator.config.telemetry.banner:
+            for line in coordinator.others.describe():
+                self.node.say(line)
         self.node.persisting.configure(coordinator.config.persistent)
         self.node.start_spares()
 

@@ -33,7 +33,7 @@ from lightning_gemini.launcher import GeminiLauncher
 from lightning_gemini.mapped.forking import Owner
 from lightning_gemini.mapped.trainer import close_all, set_up_ahead
 from lightning_gemini.peers.roster import Roster
-from lightning_gemini.recovery.engine import Engine
+from lightning_gemini.recovery.engine import Engine, announcement_s, patience_s
 from lightning_gemini.recovery.landing import Landing
 from lightning_gemini.recovery.memory import Memory, expected_size, node_need
 from lightning_gemini.rendezvous import group
@@ -66,6 +66,8 @@ class Joining(Stepping):
             group.register(lambda: _process["world"])
         link = self.link
         link.on_recover, link.on_recovered = self._on_recover, self._on_recovered
+        if self.engine is None:
+            self.world.stand_still = self._before_the_engine
         self._loggers = trainer.loggers
         try:
             checks.same_world(self, link.world, link.per_node)
@@ -79,7 +81,7 @@ class Joining(Stepping):
             link.wait(lambda: link.begin is not None, _WAIT_FOR_STORAGE_S, "persistent storage")
             begin, link.begin = link.begin, None
             assert begin is not None
-            self.landing = Landing(link) if begin.land else None
+            self.landing = Landing(link, first=True) if begin.land else None
             self.load_from = begin.load
 
     def check_directory(self, trainer: pl.Trainer) -> str:
@@ -90,9 +92,20 @@ class Joining(Stepping):
 
     def _on_recover(self) -> None:  # in the listening thread
         landing = self.landing
+        if landing is None and self.engine is None:  # there is nothing to stop, and nothing to keep: it will be started anew
+            landing = Landing(self.link)
         if landing is not None:
             landing.answer()
         self.world.free()
+
+    def _before_the_engine(self, error: BaseException | None) -> None:
+        """A collective of the set-up has failed. Returns never: where others died, the agent starts everybody anew."""
+        link, limit_s = self.link, announcement_s(self.link, self.config)
+        with contextlib.suppress(TimeoutError):
+            link.wait(lambda: self.world.stale, limit_s, "the agent's word on a failed collective")
+        if self.world.stale:
+            link.wait(lambda: False, patience_s(self.config), "the agent to start this rank anew")
+        raise error or RuntimeError("a collective failed while the job was set up")
 
     def _on_recovered(self, message: Recovered) -> None:  # in the listening thread
         self.recoveries.append(message)
@@ -191,7 +204,8 @@ class Joining(Stepping):
         self.engine = Engine(self.world, self.link, self.config, memory, local, self)
         self.world.log = memory.log
         self.world.stand_still = self.engine.stand_still
-        if self.landing is None and self.config.telemetry.banner and self.world.rank == 0:
+        begins = self.landing is None or self.landing.first
+        if begins and self.config.telemetry.banner and self.world.rank == 0:
             banner.show(self.config, layout, node_need(layout, need, memory.owned()), self.replicated)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:

@@ -37,6 +37,8 @@ class Stepping(GeminiBase):
     def _land(self) -> Any:
         assert self.landing is not None and self.engine is not None
         boundary = self.landing.land(self.engine)
+        if self.landing.first:
+            self._persisted = boundary.step  # it comes from there
         self.landing = None
         self.emit("landed", step=boundary.step, kind=boundary.kind.name)
         return boundary

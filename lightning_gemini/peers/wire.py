@@ -191,7 +191,7 @@ def require_token(token: bytes) -> None:
     if not token:
         raise ValueError(
             "peers on other hosts need a secret: set LIGHTNING_GEMINI_TOKEN to the same random text in every process of the job, "
-            "or rendezvous.token_file to a file with it that only you can read"
+            "or --token-file (rendezvous.token_file) to a file with it that only you can read"
         )
 
 

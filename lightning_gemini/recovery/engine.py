@@ -88,7 +88,7 @@ class Engine:
         """`fit` has returned; what follows it, such as `test`, has no step that would tell that this rank has gone on."""
         self.resumed_generation = world.generation
         """Generation whose first step is complete on this rank."""
-        self._announcement_s = _ANNOUNCEMENT_S + (0.0 if link.board.alone else 2 * config.membership.lease_ttl_s)
+        self._announcement_s = announcement_s(link, config)
         self._committed = -1
         self._last_blob = b""
 
@@ -364,3 +364,8 @@ class Engine:
 def patience_s(config: GeminiConfig) -> float:
     """How long a rank waits for a plan: longer than the agent waits for ranks, which it kills one by one at its own deadline."""
     return 10 * config.recovery.regroup_timeout_s + 60
+
+
+def announcement_s(link: Link, config: GeminiConfig) -> float:
+    """How long a rank whose collective failed waits for the agent to announce why."""
+    return _ANNOUNCEMENT_S + (0.0 if link.board.alone else 2 * config.membership.lease_ttl_s)

@@ -28,8 +28,9 @@ from lightning_gemini.state.local import Boundary
 class Landing:
     """One attempt to get in."""
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
+    def __init__(self, link: Link, *, first: bool = False) -> None:
+        self.link, self.first = link, first
+        """`first`: the job begins so, at a checkpoint."""
         self.plan: Plan | None = None
         self.boundary: Boundary | None = None
         self.room = 0, 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -26,7 +27,7 @@ from lightning_gemini.snapshot.collective_log import CollectiveLog
 from lightning_gemini.snapshot.cuda import SideStream, pin
 from lightning_gemini.snapshot.manifest import Segment, manifest_of
 from lightning_gemini.snapshot.slots import CorruptSnapshot, Slot, SlotFile
-from lightning_gemini.state.catalogue import Entry, copy_in, holders_of, parameters_of, require_same, target_of, wanted
+from lightning_gemini.state.catalogue import Entry, copy_in, holders_of, parameters_of, require_same, require_whole, target_of, wanted
 from lightning_gemini.state.ownership import Layout, Owned, owned
 
 _MIB = 1 << 20
@@ -249,20 +250,21 @@ class Memory:
         live = {name: entry.tensor for name, entry in entries.items()}
         alone = all(entry.holders == (self.rank,) for entry in entries.values())
         files = {place: SlotFile(fd) for place, fd in enumerate(self.link.files.arenas) if not alone or place == self.place}
-        restored: set[str] = set()
+        restored: Counter[str] = Counter()
 
         def put(segment: Segment, data: torch.Tensor) -> None:
             require_same(segment, entries)
             tensor = target_of(segment, live, self._optimizers())
             live[segment.name] = tensor
-            restored.add(segment.name)
+            restored[segment.name] += data.numel()
             copy_in(tensor, segment.start, data)
 
         try:
             found = {place: self._verified(place, file, step) for place, file in files.items()}
             for place, slot in found.items():
                 arena.restore(files[place], slot, put, wanted=lambda part: wanted(part, entries, self._optimizers(), self._label))
-            self._forget_younger_state(restored)
+            require_whole(restored, live)
+            self._forget_younger_state({*restored})
             if restored - entries.keys():
                 self._order_state()
         finally:

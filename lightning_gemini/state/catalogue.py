@@ -146,6 +146,17 @@ def require_same(found: Segment, entries: Mapping[str, Entry]) -> None:
         )
 
 
+def require_whole(restored: Mapping[str, int], live: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ValueError` where a snapshot has not brought all bytes of what it began to restore, or nothing of a parameter."""
+    for name, tensor in live.items():
+        size = tensor.numel() * tensor.element_size()
+        if restored.get(name, 0) != size and (name in restored or name.startswith("param/")):
+            raise ValueError(
+                f"the snapshot has {restored.get(name, 0)} of the {size} bytes of {name} for this rank: it was made with another strategy, "
+                "or another layout of the ranks"
+            )
+
+
 def target_of(found: Segment, live: Mapping[str, torch.Tensor], optimizers: list[Optimizer]) -> torch.Tensor:
     """The live tensor a segment belongs to; optimizer state that does not exist yet is created."""
     if found.name in live:

@@ -34,7 +34,7 @@ from lightning_gemini.storage.persist import FORMAT_NUMBER
 Offset = tuple[int, ...]
 
 
-def commit(folder: Folder, step: int, nodes: list[int]) -> None:
+def commit(folder: Folder, step: int, nodes: list[int], *, replicated: bool) -> None:
     """Complete the checkpoint in `folder`, of which `nodes` have written their parts."""
     assert sorted(nodes) == list(range(len(nodes))), f"nodes are numbered from 0: {nodes}"
     parts = [_part(folder, node, step) for node in nodes]
@@ -45,7 +45,7 @@ def commit(folder: Folder, step: int, nodes: list[int]) -> None:
     ranks = sorted(rank for part in parts for rank in part.ranks)
     _check_ranks(folder, ranks)
     metadata = index(names, boxes)
-    folder.write(SUMMARY, msgspec.json.encode(Summary(FORMAT_NUMBER, step, len(ranks), len(nodes))))
+    folder.write(SUMMARY, msgspec.json.encode(Summary(FORMAT_NUMBER, step, len(ranks), len(nodes), replicated)))
     folder.publish(METADATA, pickle.dumps(metadata))
 
 

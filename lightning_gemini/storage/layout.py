@@ -136,6 +136,8 @@ class Summary(msgspec.Struct):
     step: int
     world: int
     nodes: int
+    replicated: bool = True
+    """Every rank held all tensors (DDP), each a share in its arena; else its shards."""
 
 
 def decode(data: bytes, kind: type[T], name: str) -> T:

@@ -56,6 +56,8 @@ class Commit(Message, tag="commit"):
     nodes: list[int]
     keep_last: int = 2
     keep_every_n_steps: int | None = None
+    replicated: bool = True
+    """Every rank holds all tensors (DDP)."""
     in_use: list[str] = []
     """Checkpoints of this URL that somebody of this job reads."""
 
@@ -83,7 +85,8 @@ class Opened(Message, tag="opened"):
     step: int = -1
     world: int = 0
     nodes: int = 0
-    """The arenas can be filled from it when `world` and `nodes` are those of the job; else ranks load it (`storage.resume`)."""
+    replicated: bool = True
+    """The arenas can be filled from it when these three are as in the job; else ranks load it (`storage.resume`)."""
 
 
 class Copied(Message, tag="copied"):

@@ -77,7 +77,9 @@ class Writer:
         if found is None:
             return messages.Opened(id=request.id)
         about = catalog.summary(found.path)
-        return messages.Opened(id=request.id, path=found.path, step=found.step, world=about.world, nodes=about.nodes)
+        return messages.Opened(
+            id=request.id, path=found.path, step=found.step, world=about.world, nodes=about.nodes, replicated=about.replicated
+        )
 
     def _persist(self, request: Persist) -> Answer:
         began = time.monotonic()
@@ -95,7 +97,7 @@ class Writer:
         return messages.Written(id=request.id, step=request.step, bytes=size, seconds=time.monotonic() - began)
 
     def _commit(self, request: Commit) -> Answer:
-        commit.commit(Folder(request.path), request.step, request.nodes)
+        commit.commit(Folder(request.path), request.step, request.nodes, replicated=request.replicated)
         url, removed, warning = request.path.rpartition("/")[0], [], ""
         try:
             removed = catalog.retain(url, keep_last=request.keep_last, keep_every_n_steps=request.keep_every_n_steps, in_use=request.in_use)

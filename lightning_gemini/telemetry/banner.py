@@ -24,11 +24,14 @@ def text(config: GeminiConfig, layout: Layout, need: int, replicated: bool, avai
     ]
     if several:
         lines += [
-            "  a node is lost               a spare node takes its ranks; state from other nodes' memory",
+            f"  a node is lost               a spare node takes its ranks; state from {_of_a_lost_node(config)}",
             "  an agent dies                as if its node was lost",
         ]
     else:
         lines.append("  the agent dies               the job ends, nothing is left behind")
+    if config.persistent.url:
+        stored = config.persistent
+        lines.append(f"  everything else              back to {stored.url}, written every {stored.every_n_steps} steps")
     lines.append(f"  memory: {need / _MIB:.0f} MiB of each node for snapshots, {available / _MIB:.0f} MiB available")
     lines += [f"  FAULT ARMED: {fault.kind} rank {fault.rank} in step {fault.step}, {fault.where}" for fault in config.faults]
     return "\n".join(lines)
@@ -37,3 +40,9 @@ def text(config: GeminiConfig, layout: Layout, need: int, replicated: bool, avai
 def show(config: GeminiConfig, layout: Layout, need: int, replicated: bool) -> None:
     """Print it."""
     print(text(config, layout, need, replicated, available_memory()), file=sys.stderr, flush=True)
+
+
+def _of_a_lost_node(config: GeminiConfig) -> str:
+    if config.replication.copies > 1:
+        return "other nodes' memory"
+    return "persistent storage" if config.persistent.url else "nowhere, the job ends: set replication.copies or persistent.url"

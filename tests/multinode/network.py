@@ -63,7 +63,7 @@ class Network(Lab):
 
 
 def held(job: JobOnNodes, number: int = 0) -> None:
-    """A rank waits for its end at a strike."""
+    """A rank is at a strike."""
     job.until(lambda: (job.directory / f"struck-{number}").exists(), "a strike")
 
 

@@ -42,7 +42,7 @@ def test_a_node_is_lost_before_its_newest_snapshot_is_replicated(lab: Lab, recip
     lab.same(recipe, job, recoveries=0 if restarted else 1, repeated=told, lost=[1], replaced=[0, 1] if restarted else [1])
 
 
-@pytest.mark.parametrize("where", ["sanity", "train_start"])
+@pytest.mark.parametrize("where", ["setup", "sanity", "train_start"])
 def test_a_node_is_lost_before_the_first_boundary(lab: Lab, where: str) -> None:
     """Nothing is lost: all begin anew."""
     job = lab.run(DDP, 2, Strike(where, 0, 0), spares=1)

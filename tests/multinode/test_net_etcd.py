@@ -87,7 +87,7 @@ def test_etcd_is_away_for_good(network: Network) -> None:
         job.wait()
         network.etcd.restart(wiped=True)
 
-    job = network.run(DDP, 2, Strike("forward", 0, 3, kind="hold"), spares=1, during=during, membership={"lease_ttl_s": 2})
+    job = network.run(DDP, 2, Strike("forward", 0, 3, kind="wait"), spares=1, during=during, membership={"lease_ttl_s": 2})
     stopped(job)
     assert all(f"membership.etcd={network.etcd.url}: no etcd answers" in job.output(number) for number in job.groups), job.outputs()
 
@@ -105,7 +105,7 @@ def test_etcd_was_wiped(network: Network) -> None:
         assert files(store) == before
 
     job = network.run(
-        DDP, 2, Strike("forward", 0, 5, kind="hold"), spares=1, during=during, persistent={"url": str(store), "every_n_steps": 3}
+        DDP, 2, Strike("forward", 0, 5, kind="wait"), spares=1, during=during, persistent={"url": str(store), "every_n_steps": 3}
     )
     stopped(job)
     assert all("is not there any more" in job.output(number) and "wiped" in job.output(number) for number in job.groups), job.outputs()
@@ -120,7 +120,7 @@ def test_etcd_comes_back_too_late(network: Network) -> None:
         job.until(lambda: all(job.named_of(number, "expelled") for number in (0, 1)), "the expulsion of both")
         network.etcd.restart()
 
-    job = network.run(DDP, 2, Strike("forward", 0, 3, kind="hold"), during=during, membership={"lease_ttl_s": 2})
+    job = network.run(DDP, 2, Strike("forward", 0, 3, kind="wait"), during=during, membership={"lease_ttl_s": 2})
     stopped(job)
     assert "3 completed steps are lost" in job.outputs(), job.outputs()
 
@@ -137,7 +137,7 @@ def test_etcd_comes_back_too_late_but_there_is_a_checkpoint(network: Network) ->
 
     store = network.directory / "store"
     job = network.run(
-        FSDP, 2, Strike("forward", 0, 5, kind="hold"), during=during, membership={"lease_ttl_s": 2},
+        FSDP, 2, Strike("forward", 0, 5, kind="wait"), during=during, membership={"lease_ttl_s": 2},
         persistent={"url": str(store), "every_n_steps": 3},
     )  # fmt: skip
     network.same(FSDP, job, recoveries=1, repeated=2, replaced=[0, 1])

@@ -23,7 +23,7 @@ def back(job: JobOnNodes, number: int, since_ns: int) -> float:
 
 def test_the_majority_goes_on_and_the_minority_comes_back(network: Network) -> None:
     """Node 2 is alone, etcd is with the others. Afterwards it takes the place of node 1."""
-    strikes = [Strike("forward", 2, 3, kind="hold", kept=True), Strike("after_step", 1, 6, kind="hold", kept=True)]
+    strikes = [Strike("forward", 2, 3, kind="wait", kept=True), Strike("after_step", 1, 6, kind="hold", kept=True)]
     store = network.directory / "store"
 
     def during(job: JobOnNodes) -> None:
@@ -59,7 +59,7 @@ def test_etcd_is_with_the_minority_until_it_is_too_late(network: Network) -> Non
             ends_its_ranks(job, number, begun)
 
     limits = {**QUICK, "vacancy_timeout_s": 4.0}
-    job = network.run(THREE, 3, Strike("forward", 2, 3, kind="hold", kept=True), spares=1, during=during, membership=limits)
+    job = network.run(THREE, 3, Strike("forward", 2, 3, kind="wait", kept=True), spares=1, during=during, membership=limits)
     assert set(job.statuses.values()) <= {1, 2} and not job.ranks, job.outputs()
     for number in (0, 1, 3):
         assert "lightning-gemini: membership.etcd=" in job.output(number) and "no etcd answers" in job.output(number)
@@ -104,7 +104,7 @@ def test_a_cut_that_is_shorter_than_the_lease_costs_nothing(network: Network) ->
 
 def test_an_agent_that_was_paused(network: Network) -> None:
     """For longer than its lease, with its ranks: when it wakes, it is told that it is not a member any more, and its ranks end."""
-    strike = Strike("forward", 1, 3, kind="hold", kept=True)
+    strike = Strike("forward", 1, 3, kind="wait", kept=True)
 
     def during(job: JobOnNodes) -> None:
         held(job)
@@ -119,7 +119,7 @@ def test_an_agent_that_was_paused(network: Network) -> None:
         job.kill(0)
 
     recipe = Recipe("ddp", 2, steps=6)
-    again = Strike("after_step", 0, 9, kind="hold", kept=True)
+    again = Strike("after_step", 0, 9, kind="wait", kept=True)
     job = network.run(recipe, 2, strike, again, spares=1, during=during, membership=QUICK)
     network.same(recipe, job, recoveries=2, lost=[0], replaced=[0, 1])
 

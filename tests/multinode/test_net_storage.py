@@ -25,7 +25,7 @@ def test_a_switch_takes_a_whole_placement_group_with_it(network: Network) -> Non
             job.kill(number)
 
     options = {"persistent": {"url": str(network.directory / "store"), "every_n_steps": 3}}
-    strike = Strike("forward", 0, 5, kind="hold")
+    strike = Strike("forward", 0, 5, kind="wait")
     job = network.run(THREE, 3, strike, spares=2, during=during, membership={"lease_ttl_s": 2}, **options)
     assert {(event["action"], event["target"], event["repeated_steps"]) for event in job.named("plan")} >= {("storage", 3, 2)}
     network.same(THREE, job, recoveries=len(job.recoveries), repeated=2, lost=[0, 1], replaced=[0, 1])

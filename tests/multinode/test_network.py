@@ -19,13 +19,13 @@ SLACK_S = 1.5
 """A machine that is busy with the nodes themselves; and a node that hears nothing may have renewed its lease once more."""
 
 CASES = {
-    "cable, in a step": ("cut", FSDP, Strike("forward", 1, 3, kind="hold", kept=True)),
-    "cable, between steps": ("cut", DDP, Strike("after_step", 0, 4, kind="hold", kept=True)),
-    "hears nothing": ("deafen", DDP, Strike("forward", 1, 3, kind="hold", kept=True)),
-    "says nothing": ("mute", FSDP, Strike("after_step", 0, 4, kind="hold", kept=True)),
+    "cable, in a step": ("cut", FSDP, Strike("forward", 1, 3, kind="wait", kept=True)),
+    "cable, between steps": ("cut", DDP, Strike("after_step", 0, 4, kind="wait", kept=True)),
+    "hears nothing": ("deafen", DDP, Strike("forward", 1, 3, kind="wait", kept=True)),
+    "says nothing": ("mute", FSDP, Strike("after_step", 0, 4, kind="wait", kept=True)),
 }
 MORE = {
-    f"{how}, {recipe.kind}, {where}, rank {rank}": (how, recipe, Strike(where, rank, 4, kind="hold", kept=True))
+    f"{how}, {recipe.kind}, {where}, rank {rank}": (how, recipe, Strike(where, rank, 4, kind="wait", kept=True))
     for how in ("cut", "part", "deafen", "mute")
     for recipe in (DDP, FSDP)
     for where in ("forward", "optimizer", "after_step", "validation", "epoch_end")

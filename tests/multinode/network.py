@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_gemini.telemetry.events import read_events
 from tests.multinode.lab import Expected, Lab
 from tests.multinode.models import Recipe, Strike, script
 from tests.support.cluster import JobOnNodes, on_nodes
@@ -92,17 +92,5 @@ def ranks_of(job: JobOnNodes, number: int) -> range:
 
 def rank_events(job: JobOnNodes) -> list[dict[str, Any]]:
     """Of all ranks."""
-    from lightning_gemini.telemetry.events import read_events
-
     files = sorted((job.directory / "gemini").glob("rank*.jsonl"))
     return [{"rank": int(path.stem[4:]), **event} for path in files for event in read_events(str(path))]
-
-
-def all_of(*bodies: Callable[[JobOnNodes], object]) -> Callable[[JobOnNodes], None]:
-    """One disturbance after the other."""
-
-    def during(job: JobOnNodes) -> None:
-        for body in bodies:
-            body(job)
-
-    return during

@@ -23,7 +23,7 @@ def back(job: JobOnNodes, number: int, since_ns: int) -> float:
 
 def test_the_majority_goes_on_and_the_minority_comes_back(network: Network) -> None:
     """Node 2 is alone, etcd is with the others. Afterwards it takes the place of node 1."""
-    strikes = [Strike("forward", 2, 3, kind="wait", kept=True), Strike("after_step", 1, 6, kind="hold", kept=True)]
+    strikes = [Strike("forward", 2, 3, kind="wait", kept=True), Strike("after_step", 1, 6, kind="wait", kept=True)]
     store = network.directory / "store"
 
     def during(job: JobOnNodes) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from base64 import b64decode, b64encode
 
+import msgspec
+
+from lightning_gemini.membership.records import NodeInfo
 from tests.multinode.lab import PREFIX
 from tests.multinode.models import Recipe, Strike
 from tests.multinode.network import Network, held
@@ -19,10 +22,6 @@ CRAWL, SLOW = "2mbit", "8mbit"
 
 def slow_down(network: Network, job: JobOnNodes, rate: str) -> None:
     """The agents' lines; what the ranks tell each other has another one."""
-    import msgspec
-
-    from lightning_gemini.membership.records import NodeInfo
-
     key = f"{PREFIX}{job.directory.name}/nodes/"
     found = network.etcd.ask("kv/range", key=b64encode(key.encode()).decode(), range_end=b64encode(f"{key[:-1]}0".encode()).decode())
     nodes = [msgspec.msgpack.decode(b64decode(pair["value"]), type=NodeInfo) for pair in found["kvs"]]

@@ -17,8 +17,10 @@ from tests.support.models import Net, loader
 WORLD = 2
 
 
-def script(directory: Path, *, fsdp: bool, epochs: int, world: int = WORLD, **options: Any) -> Callable[[], None]:
-    """A training of 12 steps an epoch."""
+def script(
+    directory: Path, *, fsdp: bool, epochs: int, world: int = WORLD, sharded_model: bool | None = None, **options: Any
+) -> Callable[[], None]:
+    """A training of 12 steps an epoch. `sharded_model`: the model that FSDP2 can train, also under DDP."""
 
     def train() -> None:
         pl.seed_everything(1)
@@ -28,7 +30,7 @@ def script(directory: Path, *, fsdp: bool, epochs: int, world: int = WORLD, **op
             max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False,
             gradient_clip_val=0.5, default_root_dir=str(directory), callbacks=[Recorder(str(directory))], limit_val_batches=0,
         )  # fmt: skip
-        trainer.fit(Net(width=64, fsdp=fsdp), loader())
+        trainer.fit(Net(width=64, fsdp=fsdp if sharded_model is None else sharded_model), loader())
 
     return train
 
@@ -74,6 +76,18 @@ def test_a_job_of_another_size_goes_on(tmp_path: Path, undisturbed: tuple[bool, 
     larger = job(tmp_path / "larger", world=3, fsdp=fsdp, epochs=3, persistent={**persistent, "every_n_steps": 1000})
     assert larger.exit_status == 0, larger.output
     assert larger.ranks[0]["steps"] > last and len({rank["params"] for rank in larger.ranks.values()}) == (3 if fsdp else 1)
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["of ddp under fsdp2", "of fsdp2 under ddp"])
+def test_a_checkpoint_of_another_strategy_is_loaded(tmp_path: Path, fsdp: bool) -> None:
+    """The arenas of the two are laid out differently, although the ranks are as many."""
+    store = tmp_path / "store"
+    persistent = {"url": str(store), "every_n_steps": 5}
+    assert job(tmp_path / "first", fsdp=fsdp, epochs=1, sharded_model=True, persistent=persistent).exit_status == 0
+    last, seldom = checkpoints(store)[-1], {**persistent, "every_n_steps": 1000}
+    other = job(tmp_path / "other", fsdp=not fsdp, epochs=2, sharded_model=True, persistent=seldom)
+    assert other.exit_status == 0, other.output
+    assert other.ranks[0]["steps"] > last and checkpoints(store)[-1] == last
 
 
 def test_resume_never_begins_anew(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import torch
 from lightning_gemini.agent.memory import create_files
 from lightning_gemini.rendezvous import backends
 from lightning_gemini.rendezvous.store import PeerStore
-from lightning_gemini.snapshot import arena
+from lightning_gemini.snapshot import arena, blocks
 from lightning_gemini.snapshot.cuda import SideStream, pin
 from lightning_gemini.snapshot.slots import SlotFile
 from lightning_gemini.state import rng
-from lightning_gemini.state.catalogue import Entry, copy_in, owned
+from lightning_gemini.state.catalogue import Entry, copy_in
+from lightning_gemini.state.ownership import Layout, owned
 from tests.support.peers import Peers
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -34,13 +35,13 @@ def file() -> Iterator[SlotFile]:
 def round_trip(file: SlotFile, device: torch.device) -> None:
     tensor = torch.rand(300, 700, device=device)
     before, stream = tensor.clone(), SideStream(device)
-    mine = owned([Entry("param/x", tensor, True)], 0, 1)
+    mine = owned([Entry("param/x", tensor, (0,), "", tuple(tensor.shape), (0, 0))], Layout(0, 1, 1, 1))
     stream.mark()
     with stream:
         arena.capture(file, 3, mine, chunk=1 << 16)
     slot = file.find(3)
     assert slot is not None
-    arena.verify(file, slot, 1 << 16)
+    blocks.verify(file, slot)
     tensor.zero_()
     arena.restore(file, slot, lambda segment, data: copy_in(tensor, segment.start, data), wanted=lambda _: True)
     assert torch.equal(tensor, before)

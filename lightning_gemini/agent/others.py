@@ -109,15 +109,33 @@ class Others:
             word = board.get(coordinator.place(rank), TENSORS)
             if word and reached(word, number, step_of(word)):
                 self._send(rank, step_of(word))
+            late = next((node for node in self._targets if self._nodes[node] and self._kept_step(rank, node) != step_of(word)), None)
+            if word and late is not None:
+                self._behind_by(rank, step_of(word), late)
         self._vote()
 
     def _send(self, rank: int, step: int) -> None:
         if self._requested.get(rank, -1) == step:
             return
         self._requested[rank] = step
-        missing = [index for index in self._targets if self._nodes[index] and self._kept.get((rank, self._nodes[index]), -1) != step]
+        missing = [index for index in self._targets if self._nodes[index] and self._kept_step(rank, index) != step]
         if missing:
             self.exchange.send(rank, step, missing)
+
+    def _kept_step(self, rank: int, index: int) -> int:
+        """The step of a rank of this node that the node at `index` keeps, -1 for none."""
+        return self._kept.get((rank, self._nodes[index]), -1)
+
+    def _behind_by(self, rank: int, step: int, index: int) -> int:
+        """How many steps training is past the snapshot of `step`, which has just got to a node or is still on its way there."""
+        behind = step_of(self._coordinator.board.get(self._coordinator.place(rank), BOUNDARY)) - step
+        if behind > 1 and not self._told_behind:
+            self._told_behind = True
+            self._say(
+                f"replication is slower than training: {behind} steps after step {step} its snapshot of rank {rank} is only getting to node "
+                f"{index}. A lost node costs that many (see replication.when_behind)"
+            )
+        return behind
 
     def _vote(self) -> None:
         board, number = self._coordinator.board, self._coordinator.number
@@ -134,7 +152,7 @@ class Others:
 
     def _replicated(self) -> int:
         """The newest step of which all ranks of this node are kept by all their peers; -1 for none."""
-        steps = [self._kept.get((rank, self._nodes[index]), -1) for rank in self._coordinator.own_ranks() for index in self._targets]
+        steps = [self._kept_step(rank, index) for rank in self._coordinator.own_ranks() for index in self._targets]
         held = self._coordinator.persisting.held  # while it is being copied, the next capture must not overwrite it
         return min(steps, default=ALWAYS) if held < 0 else min([*steps, held - 1])
 
@@ -155,14 +173,7 @@ class Others:
     def on_replicated(self, rank: int, step: int, index: int) -> None:
         """See `replication.events.Observer`."""
         self._kept[rank, self._nodes[index]] = step
-        behind = step_of(self._coordinator.board.get(self._coordinator.place(rank), BOUNDARY)) - step
-        self._coordinator.emit("replicated", rank=rank, step=step, node=index, behind=behind)
-        if behind > 1 and not self._told_behind:
-            self._told_behind = True
-            self._say(
-                f"replication is slower than training: the snapshot of rank {rank} at step {step} got to node {index} {behind} steps "
-                "later. A lost node costs that many (see replication.when_behind)"
-            )
+        self._coordinator.emit("replicated", rank=rank, step=step, node=index, behind=self._behind_by(rank, step, index))
         self._vote()
 
     def on_failed(self, rank: int, step: int, index: int, why: str) -> None:

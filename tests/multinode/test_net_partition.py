@@ -125,7 +125,7 @@ def test_an_agent_that_was_paused(network: Network) -> None:
 
 
 def test_only_an_agent_was_paused(network: Network) -> None:
-    """Its ranks work on, and wait for those that have gone on without them."""
+    """Its ranks work on, and wait for those that have gone on without them. What they have completed since is in no other node's memory."""
 
     def during(job: JobOnNodes) -> None:
         held(job)
@@ -141,6 +141,4 @@ def test_only_an_agent_was_paused(network: Network) -> None:
     recipe = Recipe("ddp", 2)
     strikes = [Strike("forward", 1, 3, kind="mark", kept=True), Strike("after_step", 0, 6, kind="wait")]
     job = network.run(recipe, 2, *strikes, spares=1, during=during, membership=QUICK)
-    network.same(recipe, job, recoveries=1, replaced=[1])
-
-
+    network.same(recipe, job, recoveries=1, repeated=range(2), replaced=[1])

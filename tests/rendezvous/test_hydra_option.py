@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lightning_gemini.config import RendezvousConfig
@@ -20,14 +22,18 @@ SCRIPT = str(ROOT / "tests" / "support" / "scripts" / "plain_hydra.py")
 def start(directory: Path, *overrides: str) -> subprocess.Popen[str]:
     """The user's script."""
     line = [sys.executable, SCRIPT, f"directory={directory}", f"hydra.run.dir={directory}/hydra", *overrides]
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=directory, env=env)
 
 
 def said(command: subprocess.Popen[str]) -> str:
-    """What it has said when it ends."""
+    """What it has said when it ends. Where it does not, all its processes say where they hang."""
     try:
         return command.communicate(timeout=60)[1]
+    except subprocess.TimeoutExpired:
+        for process in (*psutil.Process(command.pid).children(recursive=True), command):
+            process.send_signal(signal.SIGABRT)
+        raise AssertionError(f"{command.args} hangs:\n{command.communicate(timeout=20)[1]}") from None
     finally:
         command.kill()
 

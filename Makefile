@@ -37,7 +37,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
 
 chaos: $(STAMP)
-	GEMINI_CHAOS=$(RUNS) $(BIN)/python -m pytest -q tests/chaos tests/multinode/test_chaos.py tests/replication/test_kills.py tests/membership/test_leader.py
+	GEMINI_CHAOS=$(RUNS) $(BIN)/python -m pytest -q -m campaign
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

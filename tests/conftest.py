@@ -17,6 +17,14 @@ from tests.support.peers import Peers
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What belongs to the campaigns is skipped outside of them."""
+    for item in items:
+        marker = item.get_closest_marker("campaign")
+        if marker is not None and not marker.kwargs.get("always") and "GEMINI_CHAOS" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="make chaos runs it"))
+
+
 def of_another_job(name: str) -> bool:
     """Torch names its files after the process that made them: one that still runs is no child of ours, those are gone."""
     kind, _, pid = name.partition("_")

@@ -132,8 +132,8 @@ class Others:
         if behind > 1 and not self._told_behind:
             self._told_behind = True
             self._say(
-                f"replication is slower than training: {behind} steps after step {step} its snapshot of rank {rank} is only getting to node "
-                f"{index}. A lost node costs that many (see replication.when_behind)"
+                f"replication is slower than training: {behind} steps after step {step} its snapshot of rank {rank} is only getting to "
+                f"node {index}. A lost node costs that many (see replication.when_behind)"
             )
         return behind
 

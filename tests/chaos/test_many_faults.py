@@ -16,7 +16,7 @@ from tests.chaos.conftest import ROWS
 from tests.support.jobs import Recorder, Result, run_job, same
 from tests.support.models import Net, Noisy, loader
 
-pytestmark = [pytest.mark.skipif("GEMINI_CHAOS" not in os.environ, reason="make chaos runs it"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.campaign, pytest.mark.timeout(900)]
 WORLD, FAULTS = 4, 38
 RUNS = int(os.environ.get("GEMINI_CHAOS", "0"))
 

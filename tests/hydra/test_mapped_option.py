@@ -10,13 +10,14 @@ from hydra.core.global_hydra import GlobalHydra
 
 from lightning_gemini.config import DataConfig
 from tests.rendezvous.test_hydra_option import said, start, trained
+from tests.support.campaign import more
 from tests.support.pack import same_defaults, same_text
 
 
-@pytest.mark.parametrize("more", [[], ["+rendezvous=peer"]], ids=["alone", "with_peers"])
-def test_an_unchanged_script_trains_the_same(tmp_path: Path, more: list[str]) -> None:
-    plain = trained(tmp_path, *more)
-    mapped = trained(tmp_path, "+data=mmap", *more)
+@pytest.mark.parametrize("peers", [["+rendezvous=peer"], *more([])], ids=["with_peers", "alone"])
+def test_an_unchanged_script_trains_the_same(tmp_path: Path, peers: list[str]) -> None:
+    plain = trained(tmp_path, *peers)
+    mapped = trained(tmp_path, "+data=mmap", *peers)
     assert [record["losses"] for record in mapped] == [record["losses"] for record in plain]
     assert [record["loader"] for record in plain + mapped] == ["DataLoader"] * 2 + ["MappedLoader"] * 2
 

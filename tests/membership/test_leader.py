@@ -48,6 +48,7 @@ def agree(processes: list[Process]) -> None:
 
 
 @pytest.mark.timeout(150)
+@pytest.mark.campaign(always=True)
 def test_the_leader_is_killed_at_any_moment(start: Start, etcd: Etcd) -> None:
     seed = random.randrange(1 << 30)
     chance, began = random.Random(seed), time.monotonic()

@@ -14,6 +14,7 @@ import lightning_gemini.membership
 from lightning_gemini.membership.records import Ending
 from tests.membership.conftest import QUICK, Start
 from tests.membership.helpers import Agent, Process, at, have, pump, reached, watch
+from tests.support.campaign import more
 from tests.support.etcd import Certificates, Cluster, Etcd, require_etcd
 from tests.support.meeting import free_port
 
@@ -99,7 +100,7 @@ def test_an_etcd_that_is_silent_for_less_than_a_lease_costs_nothing(start: Start
     assert not any(agent.of("expelled") for agent in agents)
 
 
-@pytest.mark.parametrize("how", ["die", "pause"])
+@pytest.mark.parametrize("how", ["die", *more("pause")])
 def test_an_etcd_that_is_away_for_longer(start: Start, etcd: Etcd, how: str) -> None:
     agents = two(start, etcd, lease_ttl_s=2)
     began = time.monotonic()
@@ -163,6 +164,7 @@ def test_tls(start: Start, tmp_path: Path) -> None:
         server.stop()
 
 
+@pytest.mark.campaign
 def test_a_user_whose_token_expires(start: Start, tmp_path: Path) -> None:
     require_etcd()
     server = Etcd(tmp_path / "etcd", flags=(*QUICK, "--auth-token-ttl", "1"))
@@ -194,7 +196,7 @@ def members_of(start: Start, cluster: Cluster) -> list[Process]:
     return processes
 
 
-@pytest.mark.parametrize("how", ["die", "pause"])
+@pytest.mark.parametrize("how", ["die", *more("pause")])
 def test_the_loss_of_one_etcd_of_three_costs_nothing(start: Start, cluster: Cluster, how: str) -> None:
     processes = members_of(start, cluster)
     processes[0].tell("begin", 1)

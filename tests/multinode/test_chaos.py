@@ -11,7 +11,7 @@ import pytest
 from tests.multinode.lab import Lab
 from tests.multinode.models import Recipe, Strike
 
-pytestmark = [pytest.mark.skipif("GEMINI_CHAOS" not in os.environ, reason="make chaos runs it"), pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.campaign, pytest.mark.timeout(1800)]
 RUNS = 7 * int(os.environ.get("GEMINI_CHAOS", "0"))
 PLACES = ("forward", "optimizer", "before_step", "after_step", "validation")
 KINDS = ("node", "node", "node", "agent", "kill", "raise", "stop")

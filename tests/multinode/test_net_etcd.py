@@ -30,7 +30,7 @@ def kill_one(network: Network, *, leader: bool) -> None:
 
 
 @THREE_SERVERS
-@pytest.mark.parametrize("leader", [False, True], ids=["follower", "leader"])
+@pytest.mark.parametrize("leader", [pytest.param(False, id="follower", marks=pytest.mark.campaign), pytest.param(True, id="leader")])
 def test_a_server_dies_in_the_middle_of_the_training(network: Network, leader: bool) -> None:
     """That costs nothing, and afterwards a node is recovered as ever."""
 
@@ -111,6 +111,7 @@ def test_etcd_was_wiped(network: Network) -> None:
     assert all("is not there any more" in job.output(number) and "wiped" in job.output(number) for number in job.groups), job.outputs()
 
 
+@pytest.mark.campaign
 def test_etcd_comes_back_too_late(network: Network) -> None:
     """All nodes have lost their places, and what they had in memory: without a checkpoint the job ends, and says how much was lost."""
 

@@ -47,7 +47,7 @@ def test_the_majority_goes_on_and_the_minority_comes_back(network: Network) -> N
     assert "this node has left the job" in job.output(2)
 
 
-@pytest.mark.skipif("GEMINI_CHAOS" not in os.environ, reason="make chaos runs it")
+@pytest.mark.campaign
 def test_etcd_is_with_the_minority_until_it_is_too_late(network: Network) -> None:
     """No quorum, no job: everybody stops, and says why."""
 

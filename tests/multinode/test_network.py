@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import pytest
@@ -20,9 +19,7 @@ SLACK_S = 1.5
 
 CASES = {
     "cable, in a step": ("cut", FSDP, Strike("forward", 1, 3, kind="wait", kept=True)),
-    "cable, between steps": ("cut", DDP, Strike("after_step", 0, 4, kind="wait", kept=True)),
     "hears nothing": ("deafen", DDP, Strike("forward", 1, 3, kind="wait", kept=True)),
-    "says nothing": ("mute", FSDP, Strike("after_step", 0, 4, kind="wait", kept=True)),
 }
 MORE = {
     f"{how}, {recipe.kind}, {where}, rank {rank}": (how, recipe, Strike(where, rank, 4, kind="wait", kept=True))
@@ -63,7 +60,7 @@ def test_a_node_is_cut_off(network: Network, name: str) -> None:
     cut_off(network, how, recipe, strike)
 
 
-@pytest.mark.skipif("GEMINI_CHAOS" not in os.environ, reason="make chaos runs it")
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", MORE)
 def test_a_node_is_cut_off_at_any_place(network: Network, name: str) -> None:
     require_one_way()

@@ -8,27 +8,30 @@ import pytest
 
 from tests.multinode.lab import Lab
 from tests.multinode.models import Recipe
+from tests.support.campaign import more
 
 CASES = [
-    ("ddp", "kill", "forward", 3, 1),
     ("fsdp", "kill", "forward", 0, 0),
-    ("fsdp", "raise", "backward", 5, 2),
     ("ddp", "raise", "optimizer", 3, 3),
     ("fsdp", "kill", "optimizer", 3, 1),
-    ("ddp", "stop", "forward", 3, 2),
-    ("fsdp", "stop", "validation", 4, 3),
-    ("ddp", "kill", "after_step", 4, 0),
     ("fsdp", "raise", "after_step", 5, 1),
     ("ddp", "kill", "validation", 2, 2),
-    ("ddp", "raise", "validation", 6, 0),
     ("within", "kill", "forward", 3, 1),
     ("across", "kill", "optimizer", 3, 2),
     ("fsdp", "kill", "before_step", 4, 2),  # after a validation, all of which it goes through again
+]
+MORE = [
+    ("ddp", "kill", "forward", 3, 1),
+    ("fsdp", "raise", "backward", 5, 2),
+    ("ddp", "stop", "forward", 3, 2),
+    ("fsdp", "stop", "validation", 4, 3),
+    ("ddp", "kill", "after_step", 4, 0),
+    ("ddp", "raise", "validation", 6, 0),
     ("ddp", "kill", "before_step", 6, 0),
 ]
 
 
-@pytest.mark.parametrize(("layout", "kind", "where", "step", "rank"), CASES)
+@pytest.mark.parametrize(("layout", "kind", "where", "step", "rank"), [*CASES, *more(*MORE)])
 def test_fault(lab: Lab, layout: str, kind: str, where: str, step: int, rank: int) -> None:
     recipe = Recipe(layout, 4)
     faults: list[Any] = [{"kind": kind, "rank": rank, "step": step, "where": where}]

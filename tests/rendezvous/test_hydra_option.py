@@ -62,6 +62,7 @@ def test_an_unchanged_script_trains_the_same_without_a_tcpstore(tmp_path: Path, 
     assert all(len(record["losses"]) == 4 for record in peer) and peer[0]["losses"] != peer[1]["losses"]
 
 
+@pytest.mark.campaign
 def test_fsdp2_too(tmp_path: Path, plain: list[dict[str, Any]]) -> None:
     """Between two ranks a sum has one order, so that the losses of DDP are those of FSDP2 to the bit."""
     peer = trained(tmp_path, "+rendezvous=peer", "parallel=fsdp2")

@@ -7,12 +7,15 @@ import os
 import uuid
 from pathlib import Path
 
+import pytest
+
 from lightning_gemini.replication.fence import Peer
 from lightning_gemini.snapshot.slots import PAGE, SlotFile
 from tests.replication.helpers import LIMIT_S, Agent, Arena, Child, Hear, Tell, random_bytes, verified
 from tests.support.peers import until
 
 SIZE, CHUNK = 24 << 20, 1 << 20
+pytestmark = pytest.mark.campaign(always=True)
 ROUNDS = 25 if "GEMINI_CHAOS" in os.environ else 8
 
 

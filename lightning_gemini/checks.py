@@ -59,7 +59,12 @@ def writable(directory: str, key: str) -> None:
 
 
 def trainer(strategy: Any, trainer_: pl.Trainer) -> None:
-    """Trainer settings that cannot be repeated in place."""
+    """Trainer settings that cannot be repeated in place, and options of ours that leave nothing to recover from."""
+    if not strategy.replicated and not strategy.config.snapshot.every_n_steps and not strategy.config.persistent.url:
+        raise ValueError(
+            f"snapshot.every_n_steps=0 with {strategy.strategy_name} leaves nothing to recover from: nobody else holds a rank's shards; "
+            "give a cadence of 1 or more, or a persistent.url"
+        )
     if not strategy.replicated and trainer_.accumulate_grad_batches > 1:
         raise ValueError(
             f"accumulate_grad_batches={trainer_.accumulate_grad_batches} with gemini_fsdp2 is not supported: FSDP2 communicates in every "

@@ -31,7 +31,8 @@ class SnapshotConfig:
     """What is kept of each step, and how."""
 
     every_n_steps: int = 1
-    """Cadence of tensor snapshots in optimizer steps. 1 loses no completed step; n > 1 may repeat up to n - 1 of them."""
+    """Cadence of tensor snapshots in optimizer steps. 1 loses no completed step; n > 1 may repeat up to n - 1 of them. 0 takes none: a
+    replaced rank gets its state from a live replica (DDP), and what no healthy rank holds is lost."""
     background: bool = True
     """Copy replicated tensors in a background thread, fenced before the next optimizer write. False copies inside the step."""
     chunk_kib: int = 1024
@@ -42,7 +43,7 @@ class SnapshotConfig:
     """Room for the results of collectives between two steps (validation metrics, barriers), replayed by a replaced rank."""
 
     def __post_init__(self) -> None:
-        _require(self.every_n_steps >= 1, "snapshot.every_n_steps", self.every_n_steps, "give the cadence in steps, 1 or more")
+        _require(self.every_n_steps >= 0, "snapshot.every_n_steps", self.every_n_steps, "give the cadence in steps, or 0 for none")
         _require(4 <= self.chunk_kib <= 1 << 20, "snapshot.chunk_kib", self.chunk_kib, "give a size between 4 and 1048576 KiB")
         _require(self.local_state_mib >= 1, "snapshot.local_state_mib", self.local_state_mib, "give at least 1 MiB")
         _require(self.collective_log_mib >= 1, "snapshot.collective_log_mib", self.collective_log_mib, "give at least 1 MiB")

@@ -107,11 +107,13 @@ class Others:
         number, board = coordinator.number, coordinator.board
         for rank in coordinator.own_ranks():
             word = board.get(coordinator.place(rank), TENSORS)
-            if word and reached(word, number, step_of(word)):
-                self._send(rank, step_of(word))
-            late = next((node for node in self._targets if self._nodes[node] and self._kept_step(rank, node) != step_of(word)), None)
-            if word and late is not None:
-                self._behind_by(rank, step_of(word), late)
+            if (step := step_of(word)) < 0:
+                continue
+            if reached(word, number, step):
+                self._send(rank, step)
+            late = next((node for node in self._targets if self._nodes[node] and self._kept_step(rank, node) != step), None)
+            if late is not None:
+                self._behind_by(rank, step, late)
         self._vote()
 
     def _send(self, rank: int, step: int) -> None:

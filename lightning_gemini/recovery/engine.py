@@ -99,7 +99,8 @@ class Engine:
         self.step = step
         self.host.before_step()
         self.commit(Kind.START, step)
-        self.memory.commit_tensors(step, self._embedded())
+        if self._tensors_due(step):
+            self.memory.commit_tensors(step, self._embedded())
         self._committed = step
         self.memory.publish(self.world.generation, step)
 
@@ -122,7 +123,8 @@ class Engine:
         return self._last_blob
 
     def _tensors_due(self, step: int) -> bool:
-        return step % self.config.snapshot.every_n_steps == 0
+        snapshots, checkpoints = self.config.snapshot.every_n_steps, self.config.persistent
+        return bool((snapshots and step % snapshots == 0) or (checkpoints.url and step and step % checkpoints.every_n_steps == 0))
 
     def _may_capture(self) -> bool:
         """Whether the next boundary's tensors may overwrite the snapshot before the newest one. Not while that is being persisted. And on
@@ -327,6 +329,7 @@ class Engine:
     def _put_back(self, plan: Plan, *, own_fault: bool) -> None:
         """This step is repeated: state as it was on entering it."""
         if self.wrote:
+            self._await_shards(plan)
             self.memory.restore_tensors(plan.target)
         self.memory.forget_after(plan.target)
         slot = self.memory.ledger.find(plan.target)
@@ -336,6 +339,16 @@ class Engine:
         self.host.reset_after_abort(own_fault=own_fault, wrapper=entry.wrapper)
         self.local.restore(entry)
         self.wrote = False
+
+    def _await_shards(self, plan: Plan) -> None:
+        """Until the others, who have not written yet, have captured what this rank shall go back to, where nobody had a snapshot of it."""
+        deadline = time.monotonic() + self.config.recovery.regroup_timeout_s
+        while self.host.replicated and not self.memory.all_have(plan.target):
+            if self.link.announced != plan.generation:
+                raise StaleGeneration(f"generation {plan.generation} is over")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the shards of step {plan.target} did not arrive")
+            time.sleep(0.001)
 
     def join(self, plan: Plan) -> None:
         """Enter the generation of a plan: words, results to replay, groups."""

@@ -74,7 +74,7 @@ class Memory:
         self.arena = SlotFile(self.link.files.arenas[self.place])
         if not self.arena.capacity:
             self._require(node_need(self.layout, expected, self.owned()))
-            self.arena.allocate(expected)
+            self.arena.allocate(expected, touch=self.config.every_n_steps > 0)
         pin(self.arena.memory, self._device)
         if not self.ledger.capacity:
             self.ledger.allocate(self.config.local_state_mib * _MIB + local_extra, touch=False)
@@ -104,8 +104,7 @@ class Memory:
     def publish(self, generation: int, boundary: int) -> None:
         """Say what this rank has, under a (new) generation."""
         board = self.link.board
-        if self.captured >= 0:
-            board.set(self.place, TENSORS, tag(generation, self.captured))
+        board.set(self.place, TENSORS, tag(generation, self.captured))
         board.set(self.place, BOUNDARY, tag(generation, boundary))
         self.link.voted()
 
@@ -234,6 +233,10 @@ class Memory:
             return file.find(step) is not None
         finally:
             file.close()
+
+    def all_have(self, step: int) -> bool:
+        """Whether the arenas of all ranks of this node have the tensors of `step`."""
+        return all(self.has(rank, step) for rank in range(self.rank - self.place, self.rank - self.place + self.layout.per_node))
 
     def clear_log(self) -> None:
         """Everybody goes back: results of collectives that will be run again must not be replayed."""

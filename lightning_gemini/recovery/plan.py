@@ -14,7 +14,8 @@ Outcomes:
                the plan says how many.
     restart    a rank died before the first boundary: there is nothing to restore and nothing to lose, processes start anew.
     end        the reports make no sense; the job ends with the reason.
-    storage    no snapshot is left in memory for some shard: everybody goes back to persistent storage, at `target`.
+    storage    no snapshot is left in memory for some shard, or only one older than the checkpoint: everybody goes back to persistent
+               storage, at `target`.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def _furthest(ranks: Mapping[int, RankInventory]) -> dict[str, tuple[int, int]]:
 def _rewind(job: Inventory, target: int, newest: int, why: str) -> RecoveryPlan:
     candidates = {step for inventory in job.ranks.values() for step in inventory.tensors if step <= target}
     steps = [step for step in candidates if all(job.has(rank, step) for rank in job.ranks)]
-    if not steps:
+    if not steps or max(steps) < job.persisted[0] <= newest:
         return _from_storage(job, newest, why)
     best = max(steps)
     fetch = {rank: found for rank in job.ranks if best not in job.ranks[rank].tensors and (found := job.fetch(rank, best)) is not None}

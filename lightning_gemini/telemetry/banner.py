@@ -16,15 +16,20 @@ def text(config: GeminiConfig, layout: Layout, need: int, replicated: bool, avai
     source = "a live replica, else this node's memory" if replicated else "this node's memory"
     every, several = config.snapshot.every_n_steps, layout.nodes > 1
     where = f"{layout.world} ranks on {layout.nodes} nodes" if several else f"{layout.world} ranks on this node"
+    nothing = f"back to {config.persistent.url}" if config.persistent.url else "the job ends, resume from your checkpoint"
+    whole, snapshots = "spares start from this node's memory", f"a snapshot every {every} step(s)"
+    if not every:
+        source = f"a live replica, else {nothing}" if replicated else nothing
+        whole, snapshots = nothing, "no snapshots in memory"
     lines = [
-        f"lightning_gemini: {where}, {config.recovery.spares} warm spare(s){' each' * several}, a snapshot every {every} step(s)",
+        f"lightning_gemini: {where}, {config.recovery.spares} warm spare(s){' each' * several}, {snapshots}",
         f"  a rank raises in a step      it rejoins in its own process; state from {source}",
         f"  a rank dies or is stopped    a spare takes its rank; the others keep their processes; state from {source}",
-        "  all ranks of a node die      spares start from this node's memory",
+        f"  all ranks of a node die      {whole}",
     ]
     if several:
         lines += [
-            f"  a node is lost               a spare node takes its ranks; state from {_of_a_lost_node(config)}",
+            f"  a node is lost               a spare node takes its ranks; state from {_of_a_lost_node(config) if every else nothing}",
             "  an agent dies                as if its node was lost",
         ]
     else:

@@ -149,6 +149,59 @@ def test_cadence(tmp_path: Path, undisturbed: tuple[bool, Result], where: str) -
     assert (plans[-1]["action"], plans[-1]["repeated_steps"]) == (("rewind", 2) if rewound else ("in_place", 0))
 
 
+@pytest.mark.parametrize("kind", ["kill", "raise"])
+def test_without_snapshots_state_comes_from_a_live_replica(tmp_path: Path, kind: str) -> None:
+    expected = job(tmp_path / "undisturbed")
+    result = job(tmp_path / "faulted", faults=[kill(1, 5) | {"kind": kind}], snapshot={"every_n_steps": 0})
+    same(expected, result)
+    (plan,) = [event for event in result.agent_events if event["event"] == "plan"]
+    assert (plan["action"], plan["repeated_steps"]) == ("in_place", 0) and ("1" in plan["donors"]) == (kind == "kill")
+    assert result.injected == 1 and "no snapshots in memory" in result.output
+
+
+def test_without_snapshots_one_rank_that_has_not_written_is_enough(tmp_path: Path) -> None:
+    """Rank 0 dies having written nothing; rank 1 has, and gets the tensors of the step back from rank 2, which has not come so far."""
+    expected = job(tmp_path / "undisturbed")
+    wrote = tmp_path / "wrote"
+
+    def on_before_optimizer_step(self: Net, optimizer: Any) -> None:  # after the backward, before the gate
+        rank, deadline = self.trainer.global_rank, time.monotonic() + 30
+        if self.trainer.global_step != 5 or wrote.exists():
+            return
+        if rank == 1:
+            optimizer.register_step_post_hook(lambda *_: wrote.touch())
+        while rank == 0 and not wrote.exists() or rank == 2 and not self.trainer.strategy.world.stale:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        if rank == 0 and once(tmp_path / "died"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def arrange() -> None:
+        Net.on_before_optimizer_step = on_before_optimizer_step  # type: ignore[method-assign]
+
+    result = job(tmp_path / "faulted", prepare=arrange, snapshot={"every_n_steps": 0})
+    same(expected, result)
+    assert (tmp_path / "died").exists()
+    (plan,) = [event for event in result.agent_events if event["event"] == "plan"]
+    assert plan["donors"] == {"0": 2, "1": 2}
+
+
+def test_without_snapshots_a_death_in_the_write_goes_back_to_storage(tmp_path: Path) -> None:
+    expected = job(tmp_path / "undisturbed")
+    options = {"snapshot": {"every_n_steps": 0}, "faults": [kill(1, 5, "optimizer")]}
+    result = job(tmp_path / "stored", persistent={"url": str(tmp_path / "store"), "every_n_steps": 2}, **options)
+    same(expected, result)
+    plans = [event for event in result.agent_events if event["event"] == "plan"]
+    assert plans[-1]["action"] in ("rewind", "storage") and plans[-1]["target"] == 4
+    result = job(tmp_path / "not stored", **options)
+    assert result.exit_status == 1 and "5 completed steps are lost, resume from your last checkpoint" in result.output
+
+
+def test_without_snapshots_and_replicas_there_is_nothing_to_recover_from(tmp_path: Path) -> None:
+    result = job(tmp_path, fsdp=True, snapshot={"every_n_steps": 0})
+    assert result.exit_status == 1 and "snapshot.every_n_steps=0 with gemini_fsdp2 leaves nothing to recover from" in result.output
+
+
 def test_an_error_that_comes_back_ends_the_job_and_is_shown(tmp_path: Path) -> None:
     def always_raise() -> None:
         original = Net.training_step

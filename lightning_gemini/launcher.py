@@ -25,6 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_gemini.config import MembershipConfig
 from lightning_gemini.environment import in_agent
 from lightning_gemini.recovery.signals import Rewind
+from lightning_gemini.storage.given import is_gone
 
 if TYPE_CHECKING:
     from lightning_gemini.hooks.joining import Joining
@@ -53,9 +54,10 @@ class GeminiLauncher(_Launcher):
         if trainer is None or trainer.state.fn is not TrainerFn.FITTING:
             return function(*args, **kwargs)
         strategy = self.strategy
-        strategy.connect_to_agent(trainer)
-        if strategy.load_from:
-            args, kwargs = _with_checkpoint(function, args, kwargs, strategy.load_from)
+        given = str(inspect.signature(function).bind(*args, **kwargs).arguments.get("ckpt_path") or trainer.ckpt_path or "")
+        strategy.connect_to_agent(trainer, given)
+        if strategy.load_from or (strategy.stands_in and is_gone(given)):
+            args, kwargs = _with_checkpoint(function, args, kwargs, strategy.load_from or None, trainer)
         while True:
             try:
                 out = function(*args, **kwargs)
@@ -63,18 +65,21 @@ class GeminiLauncher(_Launcher):
                 return out
             except Rewind:
                 strategy.reenter(trainer, None)
+                args, kwargs = _with_checkpoint(function, args, kwargs, None, trainer)  # it goes on with what it has
             except MisconfigurationException as error:
                 strategy.give_up(error)
                 raise
             except Exception as error:
                 if not strategy.reenter(trainer, error):
                     raise
+                args, kwargs = _with_checkpoint(function, args, kwargs, None, trainer)
 
 
 def _with_checkpoint(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: str
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: str | None, trainer: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call of `fit` with this `ckpt_path`, whatever the user gave."""
+    """The call of `fit` with this `ckpt_path`, whatever the user gave, there or (as NeMo does) to the Trainer."""
+    trainer.ckpt_path = None
     call = inspect.signature(function).bind(*args, **kwargs)
     call.arguments["ckpt_path"] = path
     return call.args, call.kwargs

@@ -7,24 +7,41 @@ There is deliberately no ConfigStore schema. Hydra makes a composed config stric
 an error. What gets past that (a `+` override, a key in the user's own file, a wrong type) is refused by `lightning_gemini.config.parse`
 when the strategy is instantiated, before any process starts. A schema would tie the user's config to classes loaded here under a makeshift
 module name, and launchers and checkpoints pickle configs together with their classes.
+
+NeMo 3 instantiates only classes of an allow-list of its own (`nemo.core.classes.common`), which foreign strategies and callbacks cannot be
+on. In a NeMo script ours are put there, by their full names and nothing else; where NeMo is not imported yet, or has no such list, nothing
+is done, and `trainer.strategy=gemini`, the registered name, works without.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+_CLASSES = tuple(f"lightning_gemini.{name}" for name in ("GeminiStrategy", "GeminiFSDP2Strategy", "GeminiCallback"))
 
 
 class LightningGeminiSearchPath(SearchPathPlugin):
     """Appends our `configs` directory: after the user's own, whose files of the same name therefore win."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        allow_in_nemo()
         directory = config_directory()
         if directory is not None:
             search_path.append(provider="lightning-gemini", path=f"file://{directory}")
+
+
+def allow_in_nemo() -> None:
+    """Let NeMo 3 instantiate our classes, if this process has imported it."""
+    nemo = sys.modules.get("nemo.core.classes.common")
+    prefixes, exact = getattr(nemo, "ALLOWED_TARGET_PREFIXES", None), getattr(nemo, "ALLOWED_EXACT_CLASS_TARGETS", None)
+    if isinstance(prefixes, list) and isinstance(exact, set):
+        prefixes += [name for name in _CLASSES if name not in prefixes]
+        exact.update(_CLASSES)
 
 
 def config_directory() -> Path | None:

@@ -26,6 +26,10 @@ class Hello(Message, tag="hello"):
     config: dict[str, Any]
     directory: str
     """Folder of the telemetry files."""
+    given: str = ""
+    """The checkpoint that the user has given to go on from; empty for none."""
+    given_step: int = -1
+    """Its step, -1 where that cannot be told."""
 
 
 class Waiting(Message, tag="waiting"):

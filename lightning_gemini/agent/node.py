@@ -23,6 +23,7 @@ from lightning_gemini.agent.memory import END_AT
 from lightning_gemini.agent.messages import Begin, Fault
 from lightning_gemini.agent.persisting import Persisting
 from lightning_gemini.agent.spawn import Spawner
+from lightning_gemini.agent.variables import rank_variables
 from lightning_gemini.config import GeminiConfig
 from lightning_gemini.membership.records import Ending, Generation, NodeInfo, Outcome
 from lightning_gemini.recovery.plan import RecoveryPlan
@@ -62,7 +63,7 @@ class Node:
     def start(self, rank: int | None) -> None:
         """Start a rank, or (None) a spare."""
         coordinator = self.coordinator
-        environment = {
+        environment = rank_variables(coordinator.world - 1 if rank is None else rank, coordinator.world, self.ranks_per_node) | {
             "LIGHTNING_GEMINI_WORLD": str(coordinator.world),
             "LIGHTNING_GEMINI_PER_NODE": str(self.ranks_per_node),
             "LIGHTNING_GEMINI_HOSTS": ",".join(coordinator.hosts),
@@ -146,16 +147,19 @@ class Node:
         else:
             self.coordinator.fetch(number, plan, failed=lambda error: self._on_fetch_failed(number, error))
 
-    def begin_in(self, member: Member) -> None:
-        """A rank has reached `fit` and asks where to begin."""
-
+    def begin_in(self, member: Member, given: str, given_step: int) -> None:
+        """A rank has reached `fit` and asks where to begin. Of the user's checkpoint and that in storage the newer one counts."""
         first, member.begun = not member.begun, True
 
         def told(opened: Opened) -> None:
             coordinator = self.coordinator
             here = (coordinator.world, len(coordinator.generation.roster), coordinator.replicated)
             same = (opened.world, opened.nodes, opened.replicated) == here
-            if not opened.path or not first:
+            theirs = given_step >= opened.step and self.config.persistent.resume == "auto"
+            if given and opened.path and first and member.rank == 0:
+                both = f"{given} (step {given_step})", f"{opened.path} (step {opened.step})"
+                self.say("the job goes on from {}, not from {}".format(*(both if theirs else both[::-1])))
+            if not opened.path or not first or theirs:
                 member.send(Begin())
             elif not same:
                 member.send(Begin(load=opened.path))

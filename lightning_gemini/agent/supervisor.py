@@ -238,7 +238,7 @@ class Supervisor:
         if not self.node.configured:
             self._configure(message)
         if self.node.persisting.on and member.rank is not None:
-            self.node.begin_in(member)
+            self.node.begin_in(member, message.given, message.given_step)
 
     def _configure(self, message: Hello) -> None:
         self.node.configured = True

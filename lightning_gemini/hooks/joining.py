@@ -22,6 +22,7 @@ from lightning.fabric.utilities.seed import reset_seed
 
 from lightning_gemini import checks, faults
 from lightning_gemini.agent.messages import Due, Fault, Hello, Left, LoaderStarted, Recovered, Waiting
+from lightning_gemini.agent.variables import rank_variables
 from lightning_gemini.compat import lightning as compat
 from lightning_gemini.compat import loggers
 from lightning_gemini.compat.torch import keep_groups_swappable
@@ -43,6 +44,7 @@ from lightning_gemini.snapshot.slots import CorruptSnapshot, SlotFile
 from lightning_gemini.state.catalogue import size_of
 from lightning_gemini.state.local import LocalState
 from lightning_gemini.storage import description, meta, resume
+from lightning_gemini.storage.given import step_of
 from lightning_gemini.telemetry import banner
 from lightning_gemini.telemetry.events import EventLog
 
@@ -58,8 +60,13 @@ class Joining(Stepping):
         checks.world_of(self)
         self._launcher = GeminiLauncher(self)
 
-    def connect_to_agent(self, trainer: pl.Trainer) -> None:
-        """First thing in `fit`: tell the agent that this process is there."""
+    @property
+    def stands_in(self) -> bool:
+        """Whether this process is a spare, or was one: its state is its predecessor's."""
+        return self.link.rank is None or self.landing is not None
+
+    def connect_to_agent(self, trainer: pl.Trainer, given: str = "") -> None:
+        """First thing in `fit`: tell the agent that this process is there. `given`: the user's own checkpoint to go on from."""
         if "link" not in _process:
             _process["link"] = Link()
             _process["world"] = World(_process["link"], self.config.recovery.collective_timeout_s)
@@ -75,7 +82,9 @@ class Joining(Stepping):
         except ValueError as error:
             self.give_up(error)
             raise
-        link.send(Hello(pid=os.getpid(), config=asdict(self.config) | {"replicated": self.replicated}, directory=self._directory))
+        step = step_of(given) if given and self.config.persistent.url else -1
+        config = asdict(self.config) | {"replicated": self.replicated}
+        link.send(Hello(pid=os.getpid(), config=config, directory=self._directory, given=given, given_step=step))
         link.voting |= bool(self.config.persistent.url)
         if self.config.persistent.url and link.rank is not None:
             link.wait(lambda: link.begin is not None, _WAIT_FOR_STORAGE_S, "persistent storage")
@@ -121,7 +130,9 @@ class Joining(Stepping):
             link.wait(lambda: link.rank is not None, float(2**31), "a rank")
             self.world.enter(link.announced)
         self._take_rank()
+        assert link.rank is not None
         environment.rank = link.rank
+        os.environ.update(rank_variables(link.rank, link.world, link.per_node))
         self.set_world_ranks()  # type: ignore[attr-defined]
         if self.landing is not None:
             self.world.mode = Mode.STAND_IN

@@ -18,9 +18,11 @@ WORLD = 2
 
 
 def script(
-    directory: Path, *, fsdp: bool, epochs: int, world: int = WORLD, sharded_model: bool | None = None, **options: Any
-) -> Callable[[], None]:
-    """A training of 12 steps an epoch. `sharded_model`: the model that FSDP2 can train, also under DDP."""
+    directory: Path, *, fsdp: bool, epochs: int, world: int = WORLD, sharded_model: bool | None = None, go_on: str | None = None,
+    save: str = "", **options: Any,
+) -> Callable[[], None]:  # fmt: skip
+    """A training of 12 steps an epoch. `sharded_model`: the model that FSDP2 can train, also under DDP. `go_on`: the user's own checkpoint;
+    `save`: where to make one in the end."""
 
     def train() -> None:
         pl.seed_everything(1)
@@ -30,7 +32,9 @@ def script(
             max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False,
             gradient_clip_val=0.5, default_root_dir=str(directory), callbacks=[Recorder(str(directory))], limit_val_batches=0,
         )  # fmt: skip
-        trainer.fit(Net(width=64, fsdp=fsdp if sharded_model is None else sharded_model), loader())
+        trainer.fit(Net(width=64, fsdp=fsdp if sharded_model is None else sharded_model), loader(), ckpt_path=go_on)
+        if save:
+            trainer.save_checkpoint(save)
 
     return train
 
@@ -65,6 +69,35 @@ def test_a_job_is_persisted_and_the_next_one_goes_on(tmp_path: Path, undisturbed
     same(expected, second)
     assert f"goes on from step {steps[-1]}" in second.output
     assert len(checkpoints(store)) <= 2
+
+
+@pytest.mark.parametrize(("epochs", "every", "theirs"), [(1, 9, True), (2, 20, False)])
+def test_the_newer_of_storage_and_the_user_s_checkpoint_counts(tmp_path: Path, epochs: int, every: int, theirs: bool) -> None:
+    """The user's is of step 12; storage has one of step 9, or of 20. (NeMo's exp_manager gives one too.)"""
+    expected = job(tmp_path / "undisturbed", fsdp=False, epochs=3)
+    given, persistent = str(tmp_path / "own.ckpt"), {"url": str(tmp_path / "store"), "every_n_steps": every, "keep_last": 1}
+    assert job(tmp_path / "own", fsdp=False, epochs=1, save=given).exit_status == 0
+    assert job(tmp_path / "stored", fsdp=False, epochs=epochs, persistent=persistent).exit_status == 0
+    result = job(tmp_path / "next", fsdp=False, epochs=3, go_on=given, persistent=persistent)
+    assert result.exit_status == 0, result.output
+    ours = f"{tmp_path}/store/"
+    told = next(line for line in result.output.splitlines() if "the job goes on from" in line and "not from" in line)
+    assert told.index(given) < told.index(ours) if theirs else told.index(ours) < told.index(given)
+    if not theirs:  # of their own, Lightning knows the steps, but not the random numbers
+        same(expected, result)
+
+
+@pytest.mark.parametrize("kind", ["kill", "raise"])
+def test_the_checkpoint_that_a_job_began_from_is_not_needed_again(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a rolling one. Rank 1's replacement starts when it is gone, or rank 1 goes through `fit` a second time."""
+    given = tmp_path / "own.ckpt"
+    assert job(tmp_path / "own", fsdp=False, epochs=1, save=str(given)).exit_status == 0
+    expected = job(tmp_path / "undisturbed", fsdp=False, epochs=2, go_on=str(given))
+    monkeypatch.setattr(Net, "on_train_start", lambda self: given.unlink(missing_ok=True))
+    fault = {"kind": kind, "rank": 1, "step": 15, "where": "after_step"}
+    result = job(tmp_path / "faulted", fsdp=False, epochs=2, go_on=str(given), faults=[fault], recovery={"spares": 0})
+    same(expected, result)
+    assert result.injected == 1 and not given.exists()
 
 
 def test_a_job_of_another_size_goes_on(tmp_path: Path, undisturbed: tuple[bool, Result]) -> None:

@@ -30,6 +30,8 @@ class Cluster:
     """The same on all nodes and in no other job; may be empty on one node."""
     local_rank: int = 0
     """Which of the processes that the launcher started on this node; 0 becomes the agent."""
+    waiting: int = 0
+    """How many of those wait for the agent."""
     domain: str = ""
     """Failure domain (rack, switch, zone); empty: the node is its own."""
     host: str = ""
@@ -82,6 +84,7 @@ def cluster(
         node_rank=_node_rank(node_rank, nodes, start, spare),
         job=name or start.job,
         local_rank=start.local,
+        waiting=max(0, start.processes - 1),
         domain=domain or environ.get("LIGHTNING_GEMINI_DOMAIN") or _switch(environ),
         host=host or "",
         spare=spare,

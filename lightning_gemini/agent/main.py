@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
         status = _supervise(here, options, command)
     finally:
         if door is not None:
-            door.close(status)
+            door.close(status, here.waiting)
     return status
 
 

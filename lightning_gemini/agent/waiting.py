@@ -2,7 +2,8 @@
 
 Seam: the agent holds a `Door` while it runs; the others call `wait`, and end with the agent's exit status. They meet at an abstract unix
 socket named after the job, the node and the user. Nobody has to accept: the kernel keeps who knocks in the backlog, and tells them when the
-agent is gone, however it went (then their status is 1). An agent that does not come within `_APPEAR_S` is an error.
+agent is gone, however it went (then their status is 1). An agent that does not come within `_APPEAR_S` is an error. One that has ended before the
+others have come (the script was short, their start slow) waits for them, `_LATE_S` at most.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 import time
 
 _APPEAR_S = 600.0
+_LATE_S = 30.0
 _PAUSE_S = 0.1
 _BACKLOG = 1024
 
@@ -35,12 +37,14 @@ class Door:
             raise ValueError(f"job {job!r} has an agent on this node already: give each job a name of its own with --job") from None
         self._sock.listen(_BACKLOG)
 
-    def close(self, status: int) -> None:
-        """Tell all that wait."""
-        self._sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
+    def close(self, status: int, expected: int = 0) -> None:
+        """Tell all that wait. `expected`: how many will have come."""
+        deadline, served = time.monotonic() + _LATE_S, 0
+        with contextlib.suppress(BlockingIOError, TimeoutError):
             while True:
+                self._sock.settimeout(max(0.0, deadline - time.monotonic()) if served < expected else 0.0)
                 knocking, _ = self._sock.accept()
+                served += 1
                 with knocking, contextlib.suppress(OSError):
                     knocking.send(bytes([status & 0xFF]))
         self._sock.close()

@@ -29,7 +29,7 @@ BY_HAND = {"NODE_RANK": "1", "LIGHTNING_GEMINI_NODES": "2", "LIGHTNING_GEMINI_JO
 TABLE: dict[str, tuple[Environ, dict[str, Any], Cluster]] = {
     "nothing: one node": ({}, {}, Cluster(nnodes=1, ranks_per_node=8)),
     "torchrun, a process for each rank": (
-        TORCHRUN, {"nproc_per_node": None}, Cluster(nnodes=2, node_rank=1, ranks_per_node=8, job="run@node0:29500", local_rank=3),
+        TORCHRUN, {"nproc_per_node": None}, Cluster(nnodes=2, node_rank=1, ranks_per_node=8, job="run@node0:29500", local_rank=3, waiting=7),
     ),
     "torchrun, a process on each node": (ONE_EACH, {}, Cluster(nnodes=2, node_rank=1, ranks_per_node=8, job="run@node0:29500")),
     "torchrun inside of Slurm": (
@@ -38,7 +38,7 @@ TABLE: dict[str, tuple[Environ, dict[str, Any], Cluster]] = {
     "srun, a process on each node": (SRUN, {}, Cluster(nnodes=4, node_rank=2, ranks_per_node=8, job="slurm-77.3", domain="rack7")),
     "srun, a process for each rank": (
         SRUN_RANKS, {"nproc_per_node": None},
-        Cluster(nnodes=4, node_rank=2, ranks_per_node=8, job="slurm-77.3", domain="rack7", local_rank=5),
+        Cluster(nnodes=4, node_rank=2, ranks_per_node=8, job="slurm-77.3", domain="rack7", local_rank=5, waiting=7),
     ),
     "srun, one node more than the world has": (
         SRUN | {"SLURM_NODEID": "3"}, {"nnodes": 3},

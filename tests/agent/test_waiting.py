@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
 
 import pytest
 
+from lightning_gemini.agent import waiting
 from lightning_gemini.agent.waiting import Door, _address, wait
 
 
@@ -43,6 +45,22 @@ def test_they_end_with_the_agents_status(status: int) -> None:
     knocking(job, 3)
     door.close(status)
     assert statuses(early + late) == [status] * 3
+
+
+def test_who_comes_when_the_agent_has_ended_is_waited_for() -> None:
+    job = uuid.uuid4().hex
+    door, served = Door(job, "0"), list[int]()
+    closing = threading.Thread(target=lambda: door.close(3, expected=3))
+    closing.start()
+    for count in (2, 1):
+        served += statuses(others(job, count))
+    closing.join(10)
+    assert served == [3] * 3 and not closing.is_alive()
+
+
+def test_who_never_comes_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "_LATE_S", 0.2)
+    Door(uuid.uuid4().hex, "0").close(0, expected=1)
 
 
 def test_an_agent_that_is_killed_is_a_failure() -> None:

@@ -2,8 +2,8 @@
 
 Seam: the agent holds a `Door` while it runs; the others call `wait`, and end with the agent's exit status. They meet at an abstract unix
 socket named after the job, the node and the user. Nobody has to accept: the kernel keeps who knocks in the backlog, and tells them when the
-agent is gone, however it went (then their status is 1). An agent that does not come within `_APPEAR_S` is an error. One that has ended before the
-others have come (the script was short, their start slow) waits for them, `_LATE_S` at most.
+agent is gone, however it went (then their status is 1). An agent that does not come within `_APPEAR_S` is an error. One that has ended
+early (its script was short, the start of the others slow) waits for them, `_LATE_S` at most.
 """
 
 from __future__ import annotations

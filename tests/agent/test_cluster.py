@@ -29,7 +29,8 @@ BY_HAND = {"NODE_RANK": "1", "LIGHTNING_GEMINI_NODES": "2", "LIGHTNING_GEMINI_JO
 TABLE: dict[str, tuple[Environ, dict[str, Any], Cluster]] = {
     "nothing: one node": ({}, {}, Cluster(nnodes=1, ranks_per_node=8)),
     "torchrun, a process for each rank": (
-        TORCHRUN, {"nproc_per_node": None}, Cluster(nnodes=2, node_rank=1, ranks_per_node=8, job="run@node0:29500", local_rank=3, waiting=7),
+        TORCHRUN, {"nproc_per_node": None},
+        Cluster(nnodes=2, node_rank=1, ranks_per_node=8, job="run@node0:29500", local_rank=3, waiting=7),
     ),
     "torchrun, a process on each node": (ONE_EACH, {}, Cluster(nnodes=2, node_rank=1, ranks_per_node=8, job="run@node0:29500")),
     "torchrun inside of Slurm": (

@@ -8,9 +8,11 @@ STAMP := $(VENV)/.installed
 TORCH_PIP_FLAGS ?=
 # Runs of each campaign of `make chaos`, of 38 faults each.
 RUNS ?= 8
+# Versions of Lightning besides the pinned one.
+LIGHTNINGS ?= 2.4.0 2.5.6
 
 .DEFAULT_GOAL := test
-.PHONY: venv demo test lint bench chaos clean
+.PHONY: venv demo test test-versions lint bench chaos clean
 
 venv: $(STAMP)
 
@@ -35,6 +37,16 @@ test: lint
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
+
+# What recovery in place rests on, under each further version of Lightning that is supported.
+test-versions:
+	for version in $(LIGHTNINGS); do \
+		$(PYTHON) -m venv $(VENV)-$$version && \
+		$(VENV)-$$version/bin/python -m pip install -q $(TORCH_PIP_FLAGS) -c constraints.txt torch && \
+		grep -v -i -E '^(lightning|pytorch-lightning|fsspec|packaging)==' constraints.txt > $(VENV)-$$version/constraints.txt && \
+		$(VENV)-$$version/bin/python -m pip install -q -c $(VENV)-$$version/constraints.txt lightning==$$version -e '.[test]' && \
+		$(VENV)-$$version/bin/python -m pytest -q tests/compat tests/recovery tests/lightning tests/storage || exit 1; \
+	done
 
 chaos: $(STAMP)
 	GEMINI_CHAOS=$(RUNS) $(BIN)/python -m pytest -q -m campaign

@@ -10,8 +10,10 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_gemini import versions
 from lightning_gemini.placement import place
 from lightning_gemini.state.catalogue import Entry, layout
 
@@ -60,6 +62,8 @@ def writable(directory: str, key: str) -> None:
 
 def trainer(strategy: Any, trainer_: pl.Trainer) -> None:
     """Trainer settings that cannot be repeated in place, and options of ours that leave nothing to recover from."""
+    for sentence in versions.untested():
+        rank_zero_warn(sentence)
     if not strategy.replicated and not strategy.config.snapshot.every_n_steps and not strategy.config.persistent.url:
         raise ValueError(
             f"snapshot.every_n_steps=0 with {strategy.strategy_name} leaves nothing to recover from: nobody else holds a rank's shards; "

@@ -1,4 +1,4 @@
-"""Lightning's private corners, for versions 2.5 and 2.6.
+"""Lightning's private corners, for versions 2.4 to 2.6.
 
 Why each is needed (no public way exists):
     progress       loops have `load_state_dict`, but it also arms restart logic that would skip work when state is put back in mid-step.

@@ -46,7 +46,7 @@ def refused(directory: Path, *words: str, **options: Any) -> Result:
     ("options", "words"),
     [
         ({"snapshot": {"evry_n_steps": 2}}, ["snapshot.evry_n_steps", "every_n_steps"]),
-        ({"snapshot": {"every_n_steps": 0}}, ["snapshot.every_n_steps=0", "1 or more"]),
+        ({"snapshot": {"every_n_steps": -1}}, ["snapshot.every_n_steps=-1", "0 for none"]),
         ({"recovery": {"spares": "two"}}, ["recovery.spares='two'"]),
         ({"snapshott": {}}, ["snapshott", "known keys"]),
         ({"static_graph": True}, ["static_graph=True", "leave it out"]),

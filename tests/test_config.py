@@ -125,7 +125,7 @@ def test_options_are_keyword_only_slotted_and_documented(kind: Any) -> None:
         ({"faults": "kill"}, "faults", "'kill'", "give a list of faults"),
         ({"faults": [3]}, "faults[0]", "3", "give a mapping with the keys kind, rank, step, where"),
         ({"faults": [{"kind": "kill", "rank": 0}]}, "faults[0]", "step", "known keys are kind, rank, step, where"),
-        ({"snapshot": {"every_n_steps": 0}}, "snapshot.every_n_steps", "0", "1 or more"),
+        ({"snapshot": {"every_n_steps": -1}}, "snapshot.every_n_steps", "-1", "0 for none"),
         ({"snapshot": {"chunk_kib": 3}}, "snapshot.chunk_kib", "3", "between 4 and 1048576 KiB"),
         ({"snapshot": {"local_state_mib": 0}}, "snapshot.local_state_mib", "0", "at least 1 MiB"),
         ({"snapshot": {"collective_log_mib": 0}}, "snapshot.collective_log_mib", "0", "at least 1 MiB"),

@@ -245,7 +245,7 @@ def test_mistyped_override_is_refused_by_hydra(app: App) -> None:
     [
         ("+trainer.strategy.snapshot.evry_n_steps=2", r"snapshot\.evry_n_steps.*did you mean 'every_n_steps'"),
         ("trainer.strategy.snapshot.every_n_steps=two", r"snapshot\.every_n_steps='two' is not valid: Expected `int`, got `str`"),
-        ("trainer.strategy.snapshot.every_n_steps=0", r"snapshot\.every_n_steps=0 is not valid: .*1 or more"),
+        ("trainer.strategy.snapshot.every_n_steps=-1", r"snapshot\.every_n_steps=-1 is not valid: .*or 0 for none"),
         ("+trainer.strategy.replication.copys=2", r"replication\.copys.*did you mean 'copies'"),
         ("trainer.strategy.replication.when_behind=hurry", r"replication\.when_behind='hurry' is not valid: choose skip or wait"),
         ("trainer.strategy.membership.etcd=[etcd:2379]", r"membership\.etcd='etcd:2379' is not valid: give URLs"),

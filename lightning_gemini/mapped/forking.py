@@ -4,7 +4,9 @@ Seam: `start(task, listener, owner)` forks it from the rank that asks first, so 
 generators; forked twice, so that it is no child of the rank and does not end with it. `Owner` says whose end is its own: the agent's, or
 without an agent the process that started it.
 
-Failures: a fork that fails is one `OSError` in the rank; whatever is raised in the new process is printed there, and ends it.
+Failures: a fork that fails is one `OSError` in the rank; whatever is raised in the new process is printed there, and ends it. A fork may
+hang before its first line: CPython until 3.11 takes a lock there that a thread of the rank, such as one of torch's that calls Python for
+the first time, may have held when it was forked. Such a child is killed after `_FORK_S`, and another is forked.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import contextlib
 import errno
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -24,6 +27,10 @@ import torch
 
 from lightning_gemini.forks import keep, not_in_children
 from lightning_gemini.mapped.feeder import Feeder, Task
+
+_FORK_S = 10.0
+"""A fork of a process with many gigabytes takes about a second."""
+_ATTEMPTS = 3
 
 
 @dataclass(slots=True)
@@ -41,8 +48,18 @@ def start(task: Task, listener: socket.socket, owner: Owner) -> int:
     """Fork the feeder; returns its process id. `listener` is closed here."""
     sys.stdout.flush()
     sys.stderr.flush()
-    reader, writer = os.pipe()
     keep(listener)
+    pid = next((pid for _ in range(_ATTEMPTS) if (pid := _fork(task, listener, owner))), 0)
+    listener.close()
+    if not pid:
+        raise OSError(errno.EAGAIN, "no loader process could be started: the system has no room for another process")
+    owner.started(pid)
+    return pid
+
+
+def _fork(task: Task, listener: socket.socket, owner: Owner) -> int:
+    """Process id of the feeder, 0 where it did not come to be."""
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:  # whatever happens, this copy of the rank must not go on as the rank
@@ -54,13 +71,11 @@ def start(task: Task, listener: socket.socket, owner: Owner) -> int:
         finally:
             os._exit(0)
     os.close(writer)
-    listener.close()
     with open(reader, "rb") as file:
-        pid = int.from_bytes(file.read(8), "little")
+        if not select.select([file], [], [], _FORK_S)[0]:
+            os.kill(child, signal.SIGKILL)
+        pid = int.from_bytes(file.read(8), "little")  # ends at the latest when nobody is left to write
     os.waitpid(child, 0)
-    if not pid:
-        raise OSError(errno.EAGAIN, "no loader process could be started: the system has no room for another process")
-    owner.started(pid)
     return pid
 
 

@@ -9,6 +9,7 @@ its peers, so it says so and ends at once, from the listening thread: the main t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -150,5 +151,6 @@ class Link:
             self.on_recovered(message)
 
     def _leave(self, why: str) -> None:
-        print(f"lightning_gemini: {why}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # whoever read it may have died with the agent
+            print(f"lightning_gemini: {why}", file=sys.stderr, flush=True)
         os._exit(AGENT_LOST)

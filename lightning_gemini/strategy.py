@@ -64,6 +64,8 @@ class GeminiStrategy(Joining, DDPStrategy):
         self._layout: list[int] = []
         self._wrapped: list[bool] = []
         """Which parameters trained when DDP was set up: these it synchronizes."""
+        self._own: set[int] = set()
+        """Numbers of the others that have trained since."""
 
     def _rebuilds(self) -> bool:
         return not self._ddp_kwargs.get("find_unused_parameters", False)
@@ -77,9 +79,19 @@ class GeminiStrategy(Joining, DDPStrategy):
         self._order = ReadyOrder(self.model) if self._rebuilds() else None
 
     def wrapper_state(self) -> dict[str, Any]:
-        """The order of the first synchronized backward, and whether the next forward broadcasts buffers (not so after a validation)."""
+        """The order of the first synchronized backward, what DDP synchronizes, whether the next forward broadcasts buffers (not so after
+        a validation)."""
         flags = {flag: getattr(self.model, flag) for flag in _DDP_FLAGS}
-        return super().wrapper_state() | {"order": list(self._layout), **flags}
+        own = {"wrapped": list(self._wrapped), "own": sorted(self._own)}
+        return super().wrapper_state() | {"order": list(self._layout), **own, **flags}
+
+    def unsynchronized(self) -> set[int]:
+        """Parameters that were frozen when DDP was set up and train now (BaseFinetuning): DDP leaves them alone, so ranks differ."""
+        assert self.lightning_module is not None
+        parameters = list(self.lightning_module.parameters())
+        flags = zip(parameters, self._wrapped, strict=bool(self._wrapped))
+        self._own |= {number for number, (p, wrapped) in enumerate(flags) if p.requires_grad and not wrapped}
+        return {id(parameters[number]) for number in self._own}
 
     def _begin_backward(self) -> None:
         if self._order is not None:
@@ -99,9 +111,10 @@ class GeminiStrategy(Joining, DDPStrategy):
         """Survivors keep their reducer, which has finished in good order; otherwise a new wrapper is brought to the same layout."""
         if own_fault or (self._rebuilds() and not wrapper["order"]):
             assert self.lightning_module is not None
-            set_trainable(self.lightning_module, self._wrapped)
+            set_trainable(self.lightning_module, wrapper["wrapped"])  # in a second `fit` others may train when DDP is set up
             self._wrap_anew(wrapper["order"])
         super().reset_after_abort(own_fault=own_fault, wrapper=wrapper)
+        self._own = set(wrapper["own"])
         for flag in _DDP_FLAGS:
             setattr(self.model, flag, wrapper[flag])
 

@@ -11,18 +11,25 @@ module name, and launchers and checkpoints pickle configs together with their cl
 NeMo 3 instantiates only classes of an allow-list of its own (`nemo.core.classes.common`), which foreign strategies and callbacks cannot be
 on. In a NeMo script ours are put there, by their full names and nothing else; where NeMo is not imported yet, or has no such list, nothing
 is done, and `trainer.strategy=gemini`, the registered name, works without.
+
+`import lightning_gemini` registers that name; for a script that never does, it is registered here, and the import waits for a Trainer that
+asks for it.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-_CLASSES = tuple(f"lightning_gemini.{name}" for name in ("GeminiStrategy", "GeminiFSDP2Strategy", "GeminiCallback"))
+_STRATEGIES = {"gemini": "GeminiStrategy", "gemini_fsdp2": "GeminiFSDP2Strategy"}
+_CLASSES = tuple(f"lightning_gemini.{name}" for name in (*_STRATEGIES.values(), "GeminiCallback"))
 
 
 class LightningGeminiSearchPath(SearchPathPlugin):
@@ -30,6 +37,7 @@ class LightningGeminiSearchPath(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         allow_in_nemo()
+        know_the_names()
         directory = config_directory()
         if directory is not None:
             search_path.append(provider="lightning-gemini", path=f"file://{directory}")
@@ -42,6 +50,19 @@ def allow_in_nemo() -> None:
     if isinstance(prefixes, list) and isinstance(exact, set):
         prefixes += [name for name in _CLASSES if name not in prefixes]
         exact.update(_CLASSES)
+
+
+def know_the_names() -> None:
+    """Let a Trainer of this process know our strategies by name, if it has imported Lightning."""
+    registry = getattr(sys.modules.get("lightning.pytorch.strategies"), "StrategyRegistry", None)
+    if isinstance(registry, dict):
+        for name, cls in _STRATEGIES.items():
+            if name not in registry:
+                registry.register(name, functools.partial(_strategy, cls))  # type: ignore[attr-defined]
+
+
+def _strategy(cls: str, **options: Any) -> Any:
+    return getattr(importlib.import_module("lightning_gemini"), cls)(**options)
 
 
 def config_directory() -> Path | None:

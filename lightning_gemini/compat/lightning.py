@@ -20,6 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.loops.progress import _BaseProgress
@@ -97,14 +98,17 @@ _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_f
 
 
 def capture_metrics(trainer: pl.Trainer) -> dict[str, Any]:
-    """What callbacks, loggers and the progress bar see, and whether the next `self.log` begins a new accumulation."""
-    return {name: copy.copy(getattr(trainer._logger_connector, name)) for name in _METRICS}
+    """What callbacks, loggers and the progress bar see, whether the next `self.log` begins a new accumulation, and in which hook it is: an
+    exception leaves the innermost one's name behind, under which the repeated step would log a second value."""
+    metrics = {name: copy.copy(getattr(trainer._logger_connector, name)) for name in _METRICS}
+    return metrics | {"_current_fx_name": trainer.lightning_module._current_fx_name}
 
 
 def restore_metrics(trainer: pl.Trainer, state: dict[str, Any]) -> None:
     """Inverse of `capture_metrics`."""
-    for name, value in state.items():
-        setattr(trainer._logger_connector, name, copy.copy(value))
+    for name in _METRICS:
+        setattr(trainer._logger_connector, name, copy.copy(state[name]))
+    trainer.lightning_module._current_fx_name = state["_current_fx_name"]
 
 
 def is_clock(callback: pl.Callback) -> bool:
@@ -148,8 +152,25 @@ def end_after_this_step(trainer: pl.Trainer) -> None:
 
 
 def read_ahead(trainer: pl.Trainer) -> int:
-    """Batches that Lightning has taken from the training loader and not yet given to the loop."""
-    return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
+    """Batches that Lightning has taken from the training loader and not yet given to the loop; -1 where a step fetches its own, after the
+    boundary (`dataloader_iter`)."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return -1 if isinstance(fetcher, _DataLoaderIterDataFetcher) else len(getattr(fetcher, "batches", ()))
+
+
+_FETCHER = ("fetched", "done", "_batch_idx", "_dataloader_idx")
+
+
+def capture_fetcher(trainer: pl.Trainer) -> dict[str, Any]:
+    """Where a fetcher is that counts what steps fetch themselves: a step may fetch several micro-batches, so loops do not tell."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return {name: getattr(fetcher, name) for name in _FETCHER if hasattr(fetcher, name)}
+
+
+def restore_fetcher(trainer: pl.Trainer, state: dict[str, Any]) -> None:
+    """Inverse of `capture_fetcher`."""
+    for name, value in state.items():
+        setattr(trainer.fit_loop._data_fetcher, name, value)
 
 
 def interrupted_at(trainer: pl.Trainer) -> int:
@@ -178,8 +199,10 @@ def drop_redirection(model: nn.Module) -> None:
 
 
 def unwrap_optimizers(trainer: pl.Trainer) -> list[torch.optim.Optimizer]:
-    """The raw optimizers."""
-    return [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.strategy.optimizers]
+    """The raw optimizers; a strategy that wraps them itself (`inner_optimizers`) says which they are."""
+    raw = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.strategy.optimizers]
+    inner = getattr(trainer.strategy, "inner_optimizers", None)
+    return raw if inner is None else inner(raw)
 
 
 def dump_checkpoint(trainer: pl.Trainer, state_dict: dict[str, Any], optimizer_states: list[dict[str, Any]]) -> dict[str, Any]:

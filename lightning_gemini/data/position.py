@@ -63,7 +63,12 @@ class PositionedLoader:
         return len(self._loader)
 
     def position(self, ahead: int = 0) -> dict[str, Any]:
-        """Where the newest batch came from; `ahead` batches have been read after it that the loop has not taken yet."""
+        """Where the newest batch came from; `ahead` batches have been read after it that the loop has not taken yet. -1: where the next one
+        will come from, which is fetched after the generators have been put back."""
+        if ahead < 0:
+            count = self._count + 1 if self._at_iter is not None else 0
+            return {"count": count, "reused": self._reused, "workers": self.workers_at(self._count), "at_iter": self._at_iter,
+                    "at_first": self._at_first, "at_fetch": [], "loader": self.own_state() if self._count else None}  # fmt: skip
         fetches = list(self._at_fetch)[-(ahead + 1) :]
         own = list(self._own)[-(ahead + 1)] if len(self._own) > ahead else None
         at = {"at_iter": self._at_iter, "at_first": self._at_first, "at_fetch": fetches, "loader": own}
@@ -149,6 +154,8 @@ class PositionedLoader:
         skip = begin["count"] - 1
         self._at_iter, self._at_first = begin["at_iter"], begin["at_first"]
         self._reused = begin["reused"]
+        if not begin["at_fetch"]:  # nothing restores the generators before this fetch: they are right now
+            begin = begin | {"at_fetch": [self.capture()], "at_first": begin["at_first"] or self.capture()}
         self._restore(begin["at_iter"])
         loader, workers = self._loader, getattr(self._loader, "num_workers", 0)
         if begin.get("loader") is not None:

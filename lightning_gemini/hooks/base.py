@@ -14,11 +14,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lightning_gemini import checks
 from lightning_gemini.agent.memory import END_AT
 from lightning_gemini.agent.messages import Recovered
 from lightning_gemini.compat import lightning as compat
+from lightning_gemini.compat import nemo
 from lightning_gemini.config import GeminiConfig, parse
-from lightning_gemini.environment import GeminiEnvironment
+from lightning_gemini.environment import GeminiEnvironment, in_agent
+from lightning_gemini.hooks.inputs import Inputs
 from lightning_gemini.recovery.engine import Engine
 from lightning_gemini.recovery.landing import Landing
 from lightning_gemini.rendezvous.link import Link
@@ -48,6 +51,8 @@ class GeminiBase:
         self.config = parse(GeminiConfig, {key: value for key, value in groups.items() if value is not None})
         self.cluster_environment = GeminiEnvironment()
         self.loader_positions = []
+        self.inputs = Inputs()
+        nemo.settle(started_by_agent=in_agent(), spare=in_agent() and self.cluster_environment.rank is None)
         self.load_from = ""
         """The checkpoint of a job of another size that this one goes on from."""
         self._persisted = -1
@@ -77,7 +82,23 @@ class GeminiBase:
 
     def catalogue(self, optimizers: list[torch.optim.Optimizer]) -> list[Entry]:
         """The live tensors of the model and these optimizers."""
-        return catalogue(self.lightning_module, optimizers, replicated=self.replicated, rank=self.world.rank, world=self.world.size)  # type: ignore[attr-defined]
+        module, world = self.lightning_module, self.world  # type: ignore[attr-defined]
+        return catalogue(module, optimizers, replicated=self.replicated, rank=world.rank, world=world.size, own=self.unsynchronized())
+
+    def check_layout(self) -> None:
+        """All ranks have built the same model."""
+        checks.same_layout(self.catalogue([]), self.replicated)
+
+    def rank_state(self) -> dict[str, Any]:
+        """What the strategy itself keeps for this rank between steps; part of the rank-local state."""
+        return {}
+
+    def restore_rank_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `rank_state`."""
+
+    def unsynchronized(self) -> set[int]:
+        """See `recovery.engine.Host`; only DDP has some."""
+        return set()
 
     def layout(self) -> Layout:
         """Where this rank is among nodes and ranks."""

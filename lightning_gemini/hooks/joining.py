@@ -36,7 +36,7 @@ from lightning_gemini.mapped.trainer import close_all, set_up_ahead
 from lightning_gemini.peers.roster import Roster
 from lightning_gemini.recovery.engine import Engine, announcement_s, patience_s
 from lightning_gemini.recovery.landing import Landing
-from lightning_gemini.recovery.memory import Memory, expected_size, node_need
+from lightning_gemini.recovery.memory import Memory
 from lightning_gemini.rendezvous import group
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode, World
@@ -76,6 +76,7 @@ class Joining(Stepping):
         if self.engine is None:
             self.world.stand_still = self._before_the_engine
         self._loggers = trainer.loggers
+        self._callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
         try:
             checks.same_world(self, link.world, link.per_node)
             self._directory = self.check_directory(trainer)
@@ -176,7 +177,7 @@ class Joining(Stepping):
             return
         checks.trainer(self, trainer)
         if self.landing is None:
-            checks.same_layout(self.catalogue([]), self.replicated)
+            self.check_layout()
         self._attach_callback(trainer)
         super().setup(trainer)  # type: ignore[misc]
         for optimizer in compat.unwrap_optimizers(trainer):
@@ -196,16 +197,16 @@ class Joining(Stepping):
 
     def _make_engine(self, trainer: pl.Trainer) -> None:
         entries = self.entries()
-        optimizers = compat.unwrap_optimizers(trainer)
         if self.engine is not None:
             self.engine.memory.close()
         layout = self.layout()
         memory = Memory(
-            self.link, self.config.snapshot, layout, self.entries, lambda: compat.unwrap_optimizers(trainer), replicated=self.replicated
-        )
+            self.link, self.config.snapshot, layout, self.entries, lambda: compat.unwrap_optimizers(trainer), replicated=self.replicated,
+            persistent=self.config.persistent,
+        )  # fmt: skip
         accumulating = trainer.accumulate_grad_batches > 1 or not self.lightning_module.automatic_optimization  # type: ignore[attr-defined]
         gradients = size_of(entries) if accumulating else 0
-        need = expected_size(memory.owned(), entries, optimizers, memory.chunk)
+        need = memory.expected_size()
         if self.landing is None:
             memory.allocate(need, gradients)
         else:
@@ -217,7 +218,7 @@ class Joining(Stepping):
         self.world.stand_still = self.engine.stand_still
         begins = self.landing is None or self.landing.first
         if begins and self.config.telemetry.banner and self.world.rank == 0:
-            banner.show(self.config, layout, node_need(layout, need, memory.owned()), self.replicated)
+            banner.show(self.config, layout, memory.node_need(need), self.replicated)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """As Lightning's; the one before the loops start is where a replaced rank finds its place."""
@@ -257,7 +258,7 @@ class Joining(Stepping):
         described = meta.describe(trainer)
         if trainer.global_rank == 0:
             description.publish(SlotFile(self.link.files.description), engine.step, described)
-        twins = engine.memory.owned().twins
+        twins = engine.memory.owned(engine.step).twins
         self.link.send(Due(step=engine.step, position=twins.index(self.world.rank), count=len(twins)))
 
     def process_dataloader(self, dataloader: Any) -> Any:
@@ -297,6 +298,7 @@ class Joining(Stepping):
         self.world.stand_still = engine.stand_still
         close_all(bye=False)
         compat.forget_loaders(trainer)
+        trainer.callbacks = list(self._callbacks)  # type: ignore[attr-defined]  # hooks of set-up, as NeMo's, add theirs again
         self.loader_positions = []
         self.model = self.lightning_module  # type: ignore[attr-defined]
         trainer.state.status = trainer.state.status.__class__.RUNNING

@@ -40,7 +40,7 @@ class Stepping(GeminiBase):
         if self.landing.first:
             self._persisted = boundary.step  # it comes from there
         self.landing = None
-        self.emit("landed", step=boundary.step, kind=boundary.kind.name)
+        self.emit("landed", step=boundary.step, kind=boundary.kind.name, frozen_received=self.engine.memory.received)
         return boundary
 
     def _gate(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -100,11 +100,13 @@ class Stepping(GeminiBase):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Manual optimization: the step that can be repeated is the whole training_step."""
         if self.engine is None or self.lightning_module.automatic_optimization:  # type: ignore[attr-defined]
+            self.inputs.give(args, kwargs)
             faults.fire(self, "forward")
             return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
         def attempt() -> Any:
             self._begin_backward()
+            self.inputs.give(args, kwargs)
             faults.fire(self, "forward")
             out = super(Stepping, self).training_step(*args, **kwargs)  # type: ignore[misc]
             self._end_backward()
@@ -129,8 +131,10 @@ class Stepping(GeminiBase):
                 out, result = boundary.result
                 compat.set_closure_result(closure, result)
                 return out
-            return engine.repeat(attempt, result_of)
-        return engine.run(attempt, result_of)
+            with self.inputs.step():
+                return engine.repeat(attempt, result_of)
+        with self.inputs.step():
+            return engine.run(attempt, result_of)
 
     def _begin_backward(self) -> None:
         """Hook for DDP's record of the order of gradients."""

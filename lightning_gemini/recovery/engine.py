@@ -31,12 +31,14 @@ from lightning_gemini.agent.memory import BOUNDARY, GATE, REPLICATED, TENSORS
 from lightning_gemini.agent.messages import Fault, Plan, Progress, Stopped
 from lightning_gemini.config import GeminiConfig
 from lightning_gemini.peers.errors import StaleGeneration
+from lightning_gemini.recovery import base
 from lightning_gemini.recovery.memory import Memory
 from lightning_gemini.recovery.signals import Rewind, StepFault
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode, World
 from lightning_gemini.snapshot.collective_log import CollectiveLog
 from lightning_gemini.snapshot.slots import CorruptSnapshot
+from lightning_gemini.state.catalogue import Entry
 from lightning_gemini.state.local import Boundary, Kind, LocalState
 
 R = TypeVar("R")
@@ -49,6 +51,14 @@ class Host(Protocol):
     """What the engine needs of the strategy."""
 
     replicated: bool
+
+    def unsynchronized(self) -> set[int]:
+        """Ids of parameters that train, but each rank for itself, although all others are replicated."""
+        ...
+
+    def give_up(self, error: BaseException) -> None:
+        """Have the job end with this error."""
+        ...
 
     def before_step(self) -> None:
         """Bring the model into the one state in which it is captured."""
@@ -98,6 +108,7 @@ class Engine:
         """The first boundary, in `on_train_start`."""
         self.step = step
         self.host.before_step()
+        self.memory.begin()
         self.commit(Kind.START, step)
         if self._tensors_due(step):
             self.memory.commit_tensors(step, self._embedded())
@@ -109,7 +120,8 @@ class Engine:
         return self._write(self._capture(kind, step, result))
 
     def _capture(self, kind: Kind, step: int, result: Any = None) -> Boundary:
-        boundary = Boundary(kind, step, dict(self.world.counters), self.host.wrapper_state(), result, self.host.gradients(), {})
+        frozen = self.memory.review()
+        boundary = Boundary(kind, step, dict(self.world.counters), self.host.wrapper_state(), result, self.host.gradients(), {}, frozen)
         self._last_blob = self.local.capture(boundary)
         return boundary
 
@@ -205,7 +217,7 @@ class Engine:
         self.world.mode = Mode.BETWEEN
         new = self.step + 1
         due = self._tensors_due(new) and self._may_capture()
-        background = self.host.replicated and self.config.snapshot.background
+        background = self.config.snapshot.background and not self.host.unsynchronized() and self.memory.may_drain
         self.commit(Kind.EXIT, new, result)
         if due and not background:
             self.memory.commit_tensors(new, self._embedded())
@@ -328,16 +340,18 @@ class Engine:
 
     def _put_back(self, plan: Plan, *, own_fault: bool) -> None:
         """This step is repeated: state as it was on entering it."""
-        if self.wrote:
-            self._await_shards(plan)
-            self.memory.restore_tensors(plan.target)
-        self.memory.forget_after(plan.target)
         slot = self.memory.ledger.find(plan.target)
         assert slot is not None
         entry = self.local.decode(self.memory.ledger.read(slot))
+        self.memory.frozen.load(entry.frozen)
+        if self.wrote:
+            self._await_shards(plan)
+            base.require_none(self.memory.restore_tensors(plan.target), self.host.give_up)
+        self.memory.forget_after(plan.target)
         self.host.set_gradients(entry.grads)
         self.host.reset_after_abort(own_fault=own_fault, wrapper=entry.wrapper)
         self.local.restore(entry)
+        self.memory.mark_frozen()
         self.wrote = False
 
     def _await_shards(self, plan: Plan) -> None:
@@ -350,13 +364,14 @@ class Engine:
                 raise TimeoutError(f"the shards of step {plan.target} did not arrive")
             time.sleep(0.001)
 
-    def join(self, plan: Plan) -> None:
-        """Enter the generation of a plan: words, results to replay, groups."""
+    def join(self, plan: Plan, lacking: list[Entry] | None = None) -> None:
+        """Enter the generation of a plan: words, results to replay, groups. `lacking`: of a replaced rank, see `recovery.base`."""
         world = self.world
         self.link.send(Progress(generation=plan.generation, phase="restored"))
         world.enter(plan.generation, self.link.hosts)
         world.error = None
         self.memory.publish(plan.generation, plan.target)
+        base.exchange(self.memory, world, plan, lacking, self.host.give_up)  # a replaced rank waits for what is published before it asks
         world.replay = self._replay(plan)
         self.host.form_groups()
         self.link.send(Progress(generation=plan.generation, phase="regrouped"))

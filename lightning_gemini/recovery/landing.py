@@ -94,8 +94,10 @@ class Landing:
     def _restore(self, engine: Engine, plan: Plan, boundary: Boundary) -> None:
         memory, world = engine.memory, engine.world
         memory.forget_after(plan.target)
+        memory.frozen.load(boundary.frozen)
+        engine.local.regroup(boundary)
         self._await_sources(engine, plan)
-        memory.restore_tensors(plan.target)
+        lacking = memory.restore_tensors(plan.target)
         memory.captured = plan.target
         engine.adopt(boundary)
         if plan.rewind:
@@ -105,7 +107,8 @@ class Landing:
         engine.host.reset_after_abort(own_fault=True, wrapper=boundary.wrapper)
         engine.host.set_gradients(boundary.grads)
         engine.local.restore(boundary)
-        engine.join(plan)
+        engine.join(plan, lacking)
+        memory.mark_frozen()
         world.mode = Mode.BETWEEN
 
     def _await_sources(self, engine: Engine, plan: Plan) -> None:

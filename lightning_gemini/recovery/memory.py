@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from lightning_gemini.agent.memory import ALWAYS, BOUNDARY, GATE, HOLD, REPLICATED, REPLICATED_AT_GATE, TENSORS, reached, tag
-from lightning_gemini.config import SnapshotConfig
+from lightning_gemini.config import PersistentConfig, SnapshotConfig
 from lightning_gemini.memory_size import available_memory
 from lightning_gemini.peers.errors import StaleGeneration
 from lightning_gemini.rendezvous.link import Link
@@ -28,6 +28,7 @@ from lightning_gemini.snapshot.cuda import SideStream, pin
 from lightning_gemini.snapshot.manifest import Segment, manifest_of
 from lightning_gemini.snapshot.slots import CorruptSnapshot, Slot, SlotFile
 from lightning_gemini.state.catalogue import Entry, copy_in, holders_of, parameters_of, require_same, require_whole, target_of, wanted
+from lightning_gemini.state.frozen import Frozen
 from lightning_gemini.state.ownership import Layout, Owned, owned
 
 _MIB = 1 << 20
@@ -47,11 +48,18 @@ class Memory:
         optimizers: Callable[[], list[torch.optim.Optimizer]],
         *,
         replicated: bool,
+        persistent: PersistentConfig,
     ):
-        self.link, self.config, self.layout, self.replicated = link, config, layout, replicated
+        self.link, self.config, self.layout, self.replicated, self.persistent = link, config, layout, replicated, persistent
         self.rank, self.place = layout.rank, link.place(layout.rank)
         """Number in the job, and on this node."""
-        self._entries, self._optimizers = entries, optimizers
+        self.entries, self._optimizers = entries, optimizers
+        self.frozen = Frozen()
+        self.frozen.expect(entries())
+        self.received = 0
+        """Bytes of the frozen base that came from a live replica."""
+        self.label_of: Callable[[str], str | None] | None = None
+        """Where a name means different tensors on different ranks (Megatron): the label of one that does not exist here yet."""
         self.chunk = config.chunk_kib * 1024
         self.ledger = SlotFile(link.files.ledgers[self.place])
         self.arena = SlotFile(link.files.arenas[self.place])
@@ -60,6 +68,7 @@ class Memory:
         """Step of the newest tensor snapshot of this rank."""
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="lightning-gemini-drain")
         self._versions: list[int] = []
+        self._seen: dict[str, bytes] = {}
         self._draining: concurrent.futures.Future[None] | None = None
         self._draining_step = -1
         self._device = next((entry.tensor.device for entry in entries()), torch.device("cpu"))
@@ -73,7 +82,7 @@ class Memory:
         self.arena.close()
         self.arena = SlotFile(self.link.files.arenas[self.place])
         if not self.arena.capacity:
-            self._require(node_need(self.layout, expected, self.owned()))
+            self._require(self.node_need(expected))
             self.arena.allocate(expected, touch=self.config.every_n_steps > 0)
         pin(self.arena.memory, self._device)
         if not self.ledger.capacity:
@@ -89,6 +98,22 @@ class Memory:
                 f"{available / _MIB:.0f} MiB of memory are available: "
                 "use fewer ranks per node, a smaller model, or a node with more memory"
             )
+
+    def expected_size(self) -> int:
+        """Bytes of the largest slot, before the optimizers have made their state: what they hold, or two more copies of what they train."""
+        entries, every = self.entries(), self.persistent.every_n_steps
+        largest = self.owned(every if self.persistent.url else -1)
+        sure = sum(part.length for part, _ in largest.parts)
+        trained = sum(part.length for part, _ in self.owned().parts if part.name.startswith("param/"))
+        grown = 0 if any(optimizer.state for optimizer in self._optimizers()) else 2 * trained
+        return blocks.size_of_slot(sure + grown + 320 * len(entries) * 3 + (1 << 16) + 2 * self.chunk, 0, self.chunk)
+
+    def node_need(self, expected: int) -> int:
+        """Bytes of snapshot memory of a whole node: two slots of each of its ranks, and two for each replica that it keeps of others."""
+        mine, layout = self.owned(), self.layout
+        sizes = [part.length for part, _ in mine.parts]
+        travelling = sum(sizes[: mine.travelling]) / max(1, sum(sizes)) if layout.nodes > 1 else 0.0
+        return int(2 * expected * layout.per_node * (1 + travelling * (layout.copies - 1)))
 
     @property
     def capturing(self) -> int:
@@ -131,27 +156,45 @@ class Memory:
             )
         self.ledger.write(data, step=step, kind=kind)
 
-    def owned(self) -> Owned:
-        """What this rank keeps."""
-        return owned(self._entries(), self.layout)
+    def owned(self, step: int = -1) -> Owned:
+        """What this rank keeps of `step`."""
+        return owned(self._state(step), self.layout)
+
+    def _state(self, step: int) -> list[Entry]:
+        """What the snapshot of `step` has: what a step may change; all, where it is persisted, because a checkpoint is a whole model."""
+        whole = self.persistent.url and step > 0 and step % self.persistent.every_n_steps == 0
+        return self.entries() if whole else self.frozen.state(self.entries())
+
+    def begin(self) -> None:
+        """The first boundary."""
+        self.frozen.begin(self.entries())
+
+    def review(self) -> bytes:
+        """At a boundary: what is frozen now (`Frozen.record`)."""
+        if self.frozen.names:
+            self.frozen.review(self.entries())
+        return self.frozen.record
 
     def commit_tensors(self, step: int, local: bytes = b"") -> None:
         """Copy the owned tensors now.
 
         On several nodes a step that is captured again takes its own slot: the older one may be all that other nodes can go back to.
         """
-        mine = self.owned()
+        mine = self.owned(step)
         self._grow(arena.payload_size(mine, self.chunk, local))
         instead_of = None if self.link.board.alone else step
         arena.capture(self.arena, step, mine, chunk=self.chunk, local=local, instead_of=instead_of)
         self.captured = step
         self._versions = arena.versions(mine.tensors)
+        self._seen = self.frozen.seen(self.entries()) if self.frozen.watched else {}
 
     def modified(self, step: int) -> bool:
         """Whether somebody has written to this rank's owned tensors since they were captured as `step`."""
         if self._draining is None and self.captured != step:
             return False
-        return arena.versions(self.owned().tensors) != self._versions
+        if arena.versions(self.owned(step).tensors) != self._versions:
+            return True
+        return bool(self.frozen.watched) and self.frozen.seen(self.entries()) != self._seen
 
     def forget_after(self, step: int) -> None:
         """Drop what was written for later steps, which are repeated: the next capture must not overwrite the one that is needed."""
@@ -161,9 +204,14 @@ class Memory:
                     file.invalidate(slot)
         self.captured = min(self.captured, step)
 
+    @property
+    def may_drain(self) -> bool:
+        """Whether tensors may be copied in the background: others have them too, and whoever writes to them is noticed."""
+        return self.replicated and not self.frozen.watched
+
     def drain(self, step: int, generation: int, local: bytes = b"") -> None:
         """Copy the owned tensors in the background; nothing writes to them before `settle`."""
-        mine = self.owned()
+        mine = self.owned(step)
         self._grow(arena.payload_size(mine, self.chunk, local))
         expected = self._versions = arena.versions(mine.tensors)
 
@@ -244,12 +292,13 @@ class Memory:
 
     # ---- reading
 
-    def restore_tensors(self, step: int) -> None:
-        """Put the tensors of `step` back from the node's memory: from the arenas of all its ranks, what this rank holds.
+    def restore_tensors(self, step: int) -> list[Entry]:
+        """Put the tensors of `step` back from the node's memory: from the arenas of all its ranks, what this rank holds. Returns what of
+        the frozen base is not as it was at the first boundary.
 
         Every slot is verified before the first byte is written. Raises `CorruptSnapshot` after invalidating the slot concerned.
         """
-        entries = {entry.name: entry for entry in self._entries()}
+        entries = {entry.name: entry for entry in self.entries()}
         live = {name: entry.tensor for name, entry in entries.items()}
         alone = all(entry.holders == (self.rank,) for entry in entries.values())
         files = {place: SlotFile(fd) for place, fd in enumerate(self.link.files.arenas) if not alone or place == self.place}
@@ -262,17 +311,28 @@ class Memory:
             restored[segment.name] += data.numel()
             copy_in(tensor, segment.start, data)
 
+        def mine(segment: Segment) -> bool:
+            if self.label_of is not None and segment.name not in entries:
+                return self.label_of(segment.name) == segment.shard
+            return wanted(segment, entries, self._optimizers(), self._label, self.rank)
+
         try:
             found = {place: self._verified(place, file, step) for place, file in files.items()}
             for place, slot in found.items():
-                arena.restore(files[place], slot, put, wanted=lambda part: wanted(part, entries, self._optimizers(), self._label))
-            require_whole(restored, live)
+                arena.restore(files[place], slot, put, wanted=mine)
+            require_whole(restored, live, self.frozen.names)
             self._forget_younger_state({*restored})
             if restored - entries.keys():
                 self._order_state()
         finally:
             for file in files.values():
                 file.close()
+        return self.frozen.differing(entry for entry in entries.values() if entry.name not in restored)
+
+    def mark_frozen(self) -> None:
+        """The base is right, whoever has written to it in a recovery (DDP's constructor does)."""
+        if self.frozen.names:
+            self.frozen.mark(self.entries())
 
     def _verified(self, place: int, file: SlotFile, step: int) -> Slot:
         rank = self.rank - self.place + place
@@ -315,7 +375,7 @@ class Memory:
         place = self.link.place(rank)
         file, ledger = SlotFile(self.link.files.arenas[place]), SlotFile(self.link.files.ledgers[place])
         try:
-            mine, slot = owned(self._entries(), self.layout._replace(rank=rank)), ledger.find(step)
+            mine, slot = owned(self._state(step), self.layout._replace(rank=rank)), ledger.find(step)
             local = ledger.read(slot) if slot else b""
             if arena.payload_size(mine, self.chunk, local) > file.capacity:
                 local = b""  # its new owner has mapped the arena: it must not grow here
@@ -323,18 +383,3 @@ class Memory:
         finally:
             file.close()
             ledger.close()
-
-
-def expected_size(owned: Owned, entries: list[Entry], optimizers: list[torch.optim.Optimizer], chunk: int) -> int:
-    """Bytes of one slot, before the optimizers have made their state: what they hold, or two more copies of the parameters."""
-    sure = sum(part.length for part, _ in owned.parts)
-    parameters = sum(part.length for part, _ in owned.parts if part.name.startswith("param/"))
-    grown = 0 if any(optimizer.state for optimizer in optimizers) else 2 * parameters
-    return blocks.size_of_slot(sure + grown + 320 * len(entries) * 3 + (1 << 16) + 2 * chunk, 0, chunk)
-
-
-def node_need(layout: Layout, expected: int, owned: Owned) -> int:
-    """Bytes of snapshot memory of a whole node: two slots of each of its ranks, and two for each replica that it keeps of others."""
-    sizes = [part.length for part, _ in owned.parts]
-    travelling = sum(sizes[: owned.travelling]) / max(1, sum(sizes)) if layout.nodes > 1 else 0.0
-    return int(2 * expected * layout.per_node * (1 + travelling * (layout.copies - 1)))

@@ -277,6 +277,7 @@ class SwappableGroup(dist.ProcessGroup):
     def alltoall_base(self, output: torch.Tensor, input: torch.Tensor, out_splits: Any, in_splits: Any, opts: Any = None) -> dist.Work:
         """All-to-all of one tensor; unequal parts inside a step only."""
         options = opts or dist.AllToAllOptions()
+        out_splits, in_splits = list(map(int, out_splits)), list(map(int, in_splits))  # Megatron gives arrays, which a backend refuses
         if self._world.mode is Mode.STEP and self._size > 1:
             return self._in_step(output, [output], lambda g: g.alltoall_base(output, input, out_splits, in_splits, options))
         if len(set(out_splits)) > 1 or len(set(in_splits)) > 1:

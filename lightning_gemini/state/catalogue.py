@@ -1,15 +1,15 @@
 """The catalogue: every tensor of the training state, by name, and who holds the same bytes of it.
 
 Under DDP every rank holds every tensor. A DTensor says itself who does: its mesh and placements (FSDP2: its rank alone; HSDP: the ranks
-along the replicated dimensions). A plain tensor under FSDP2 (Adam's `step`) counts as its rank's own. Which bytes of it a rank writes into
-its snapshot, and whether they travel, is in `ownership`. Buffers are not here: BatchNorm updates them from local batches inside the step,
-so they belong to the rank-local state, which is written at the boundary itself.
+along the replicated dimensions). A plain tensor under FSDP2 (Adam's `step`) counts as its rank's own. Which of them a step may change is in
+`frozen`; which bytes of it a rank writes into its snapshot, and whether they travel, is in `ownership`. Buffers are not here: BatchNorm
+updates them from local batches inside the step, so they belong to the rank-local state, which is written at the boundary itself.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,8 @@ class Entry(NamedTuple):
     """Label of the bytes: equal on the holders and nowhere else; empty where all ranks hold them."""
     whole: tuple[int, ...]
     offset: tuple[int, ...]
+    trained: bool = True
+    """It is of an optimizer, or a parameter that requires grad or that an optimizer holds."""
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,23 +48,30 @@ def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def catalogue(model: nn.Module, optimizers: Iterable[Optimizer], *, replicated: bool, rank: int, world: int) -> list[Entry]:
+def catalogue(
+    model: nn.Module, optimizers: Iterable[Optimizer], *, replicated: bool, rank: int, world: int, own: Container[int] = ()
+) -> list[Entry]:
     """All tensors of the state, in an order that is the same on every rank.
 
     Args:
         replicated: every rank holds every tensor (DDP).
+        own: ids of parameters that are this rank's alone nevertheless.
     """
 
-    def entry(name: str, tensor: torch.Tensor) -> Entry:
-        holders, shard = holders_of(tensor, replicated=replicated, rank=rank, world=world)
-        return Entry(name, local(tensor.detach()), holders, shard, tuple(tensor.shape), offset_of(tensor))
+    optimizers = list(optimizers)
+    held = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
 
-    entries = [entry(f"param/{name}", parameter) for name, parameter in model.named_parameters()]
+    def entry(name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> Entry:
+        holders, shard = holders_of(tensor, replicated=replicated and id(parameter) not in own, rank=rank, world=world)
+        trained = tensor is not parameter or parameter.requires_grad or id(parameter) in held
+        return Entry(name, local(tensor.detach()), holders, shard, tuple(tensor.shape), offset_of(tensor), trained)
+
+    entries = [entry(f"param/{name}", parameter, parameter) for name, parameter in model.named_parameters()]
     for number, optimizer in enumerate(optimizers):
         for index, parameter in enumerate(parameters_of(optimizer)):
             for key, value in sorted(optimizer.state.get(parameter, {}).items()):
                 if isinstance(value, torch.Tensor):
-                    entries.append(entry(f"optim/{number}/{index}/{key}", value))
+                    entries.append(entry(f"optim/{number}/{index}/{key}", value, parameter))
     return entries
 
 
@@ -71,10 +80,15 @@ def holders_of(tensor: torch.Tensor, *, replicated: bool, rank: int, world: int)
     if replicated:
         return tuple(range(world)), ""
     if not isinstance(tensor, DTensor):
-        return (rank,), f"r{rank}"
+        return (rank,), own_label(rank)
     sharded = tuple(not placement.is_replicate() for placement in tensor.placements)
     holders = _along(tensor.device_mesh, sharded, rank)
     return holders, "" if len(holders) == world else str(holders[0])
+
+
+def own_label(rank: int) -> str:
+    """Of bytes that this rank has whole, and nobody else."""
+    return f"r{rank}"
 
 
 @functools.lru_cache(maxsize=256)
@@ -121,12 +135,15 @@ def layout(entries: list[Entry]) -> list[tuple[str, list[int], str]]:
     return [(entry.name, list(entry.tensor.shape), str(entry.tensor.dtype)) for entry in entries]
 
 
-def wanted(found: Segment, entries: Mapping[str, Entry], optimizers: list[Optimizer], label: Callable[[torch.Tensor], str]) -> bool:
-    """Whether a segment has bytes of this rank's state; `label` gives the label of a tensor of this rank."""
+def wanted(
+    found: Segment, entries: Mapping[str, Entry], optimizers: list[Optimizer], label: Callable[[torch.Tensor], str], rank: int
+) -> bool:
+    """Whether a segment has bytes of the state of `rank`, whose label of a tensor `label` gives."""
+    if found.shard == own_label(rank):  # also where this process does not know yet that it is its alone
+        return True
     if found.name in entries:
         return entries[found.name].shard == found.shard
-    parameter = _parameter(found.name, optimizers)  # optimizer state that does not exist yet
-    return found.shard in ("", label(parameter), label(torch.empty(0)))
+    return found.shard in ("", label(_parameter(found.name, optimizers)))  # optimizer state that does not exist yet
 
 
 def _parameter(name: str, optimizers: list[Optimizer]) -> torch.Tensor:
@@ -146,11 +163,12 @@ def require_same(found: Segment, entries: Mapping[str, Entry]) -> None:
         )
 
 
-def require_whole(restored: Mapping[str, int], live: Mapping[str, torch.Tensor]) -> None:
-    """Raise `ValueError` where a snapshot has not brought all bytes of what it began to restore, or nothing of a parameter."""
+def require_whole(restored: Mapping[str, int], live: Mapping[str, torch.Tensor], base: Container[str] = ()) -> None:
+    """Raise `ValueError` where a snapshot has not brought all bytes of what it began to restore, or nothing of a parameter that is not of
+    the frozen `base`."""
     for name, tensor in live.items():
         size = tensor.numel() * tensor.element_size()
-        if restored.get(name, 0) != size and (name in restored or name.startswith("param/")):
+        if restored.get(name, 0) != size and (name in restored or (name.startswith("param/") and name not in base)):
             raise ValueError(
                 f"the snapshot has {restored.get(name, 0)} of the {size} bytes of {name} for this rank: it was made with another strategy, "
                 "or another layout of the ranks"

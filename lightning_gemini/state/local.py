@@ -28,6 +28,7 @@ from lightning_gemini.compat import loggers, results
 from lightning_gemini.data.position import PositionedLoader
 from lightning_gemini.state import codec, rng
 from lightning_gemini.state.catalogue import parameters_of
+from lightning_gemini.state.modules import ModuleState
 
 _SIZE = struct.Struct("<Q")
 """Of what set-up reads alone, before the rest."""
@@ -60,6 +61,8 @@ class Boundary:
     grads: list[torch.Tensor | None] | None
     """Gradients gathered so far that no optimizer has used; None without any."""
     state: dict[str, Any]
+    frozen: bytes = b""
+    """`Frozen.record`: which parameters are no state of this step, and their checksums."""
 
 
 class LocalState:
@@ -77,7 +80,9 @@ class LocalState:
         self._names = {id(value): name for name, value in reversed(self._anchors.items()) if value is not None}
         self._rows = loggers.Rows(trainer)
         self._generators = rng.private_generators(self.model)
-        self._initial: list[dict[str, Any]] = previous._initial if previous else copy.deepcopy([_attributes(c) for c in trainer.callbacks])  # type: ignore[attr-defined]
+        self._modules: ModuleState = ModuleState(self.model, previous._modules if previous else None)
+        self._made = self._members()
+        self._initial: list[dict[str, Any]] = previous._initial if previous else copy.deepcopy([_at_set_up(c) for c in trainer.callbacks])  # type: ignore[attr-defined]
 
     # ---- capture
 
@@ -86,7 +91,7 @@ class LocalState:
         trainer = self.trainer
         optimizers = compat.unwrap_optimizers(trainer)
         boundary.state = {
-            "buffers": {name: buffer.detach() for name, buffer in self.model.named_buffers()},
+            "modules": self._modules.capture(),
             "rng": rng.capture(trainer.strategy.root_device),
             "generators": rng.capture_private(self._generators),
             "loops": compat.capture_loops(trainer),
@@ -98,6 +103,7 @@ class LocalState:
             ],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "groups": [[_without_params(group) for group in optimizer.param_groups] for optimizer in optimizers],
+            "members": self._renamed(self._members()),
             "scalars": [_scalars(optimizer) for optimizer in optimizers],
             "precision": trainer.precision_plugin.state_dict(),
             "torchmetrics": {name: _metric_state(module) for name, module in self.model.named_modules() if isinstance(module, Metric)},
@@ -110,6 +116,7 @@ class LocalState:
             "should_stop": trainer.should_stop,
             "loaders": [loader.position(compat.read_ahead(trainer)) for loader in _loaders(trainer)],
             "rows": self._rows.capture(),
+            "strategy": getattr(trainer.strategy, "rank_state", dict)(),
         }
         head = codec.encode({"logger_versions": loggers.versions(trainer)}, {}, foreign=self._foreign)
         return b"".join([_SIZE.pack(len(head)), head, codec.encode(self._plain(boundary), self._names, foreign=self._foreign)])
@@ -141,7 +148,29 @@ class LocalState:
         head = memoryview(data)[_SIZE.size : _SIZE.size + _head_size(data)]
         return codec.decode(head, {}, foreign=foreign)["logger_versions"]  # type: ignore[no-any-return]
 
+    def _members(self) -> list[list[list[int]]]:
+        """Ids of the parameters in each optimizer's groups."""
+        optimizers = compat.unwrap_optimizers(self.trainer)
+        return [[[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups] for optimizer in optimizers]
+
+    def _renamed(self, members: list[list[list[int]]]) -> list[list[list[str]]] | None:
+        """Names in place of ids; None where the groups are as the script has made them."""
+        if members == self._made:
+            return None
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        if any(member not in names for groups in members for group in groups for member in group):
+            raise ValueError("an optimizer was given a parameter in training that is none of the model's now: it could not be restored")
+        return [[[names[member] for member in group] for group in groups] for groups in members]
+
     # ---- restore
+
+    def regroup(self, boundary: Boundary) -> None:
+        """Before tensors are restored: optimizers get the groups that somebody has added in training (`add_param_group`)."""
+        parameters = dict(self.model.named_parameters())
+        optimizers = compat.unwrap_optimizers(self.trainer)
+        for optimizer, groups, saved in zip(optimizers, boundary.state["members"] or [], boundary.state["groups"], strict=False):
+            members = [{"params": [parameters[name] for name in group]} for group in groups]
+            optimizer.param_groups[:] = [{**values, **member} for values, member in zip(saved, members, strict=True)]
 
     def position(self, boundary: Boundary) -> None:
         """Before the loops run: make them and the loaders enter at the boundary's epoch and batch."""
@@ -171,10 +200,7 @@ class LocalState:
                 optimizer.state[parameters[index]][key] = value
         trainer.precision_plugin.load_state_dict(state["precision"])
         compat.reset_scaler(trainer)
-        buffers = dict(self.model.named_buffers())
-        with torch.no_grad():
-            for name, saved in state["buffers"].items():
-                buffers[name].copy_(saved)
+        self._modules.restore(state["modules"])
         modules = dict(self.model.named_modules())
         for name, saved in state["torchmetrics"].items():
             _restore_metric(modules[name], saved)
@@ -187,6 +213,8 @@ class LocalState:
         self._rows.restore(state["rows"])
         for loader, position in zip(_loaders(trainer), state["loaders"], strict=False):
             loader.adopt(position)
+        if state["strategy"]:
+            trainer.strategy.restore_rank_state(state["strategy"])  # type: ignore[attr-defined]
         rng.restore_private(self._generators, state["generators"])
         rng.restore(state["rng"], trainer.strategy.root_device)
 
@@ -213,6 +241,13 @@ def _attributes(callback: pl.Callback) -> dict[str, Any]:
     if type(callback).__module__.startswith("lightning_gemini"):
         return {}
     return {name: value for name, value in vars(callback).items() if is_plain(value)}
+
+
+def _at_set_up(callback: pl.Callback) -> dict[str, Any]:
+    """Attributes that every process has set up alike. A checkpoint callback may have read its own from the disk (NeMo's does), where a
+    spare saw something else; only its folder is its own, also in a later job."""
+    found = _attributes(callback)
+    return {name: found[name] for name in ("dirpath",) if name in found} if isinstance(callback, pl.callbacks.Checkpoint) else found
 
 
 def _since(initial: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -65,6 +65,7 @@ class Owned:
 
 def owned(entries: list[Entry], layout: Layout) -> Owned:
     """The share of `layout.rank` in its node's snapshot."""
+    entries = [entry for entry in entries if layout.rank in entry.holders]  # another rank, that writes it for this one, has its own too
     twins = {entry.holders: _twins(entry.holders, layout) for entry in entries}
     sizes: Counter[tuple[int, ...]] = Counter()
     for entry in entries:

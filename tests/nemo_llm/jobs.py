@@ -1,0 +1,140 @@
+"""A tiny Llama in NeMo's own way: `llm.GPTModel`, `MegatronOptimizerModule`, `MegatronDataSampler`, NeMo's Trainer; CUDA is emulated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tests.support.jobs import Recorder, Result, digest, run_job
+from tests.support.plain import run_plain
+
+SEQUENCE, VOCABULARY = 16, 64
+
+
+class Tokens(Dataset[dict[str, torch.Tensor]]):
+    """Random tokens, and noise from the global generator, as augmentation would draw."""
+
+    def __init__(self, size: int) -> None:
+        self.data = torch.randint(0, VOCABULARY, (size, SEQUENCE + 1), generator=torch.Generator().manual_seed(3))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = self.data[index]
+        mask = torch.ones(1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+        weights, places = torch.rand(SEQUENCE).round() + 0.5, torch.arange(SEQUENCE)
+        return {"tokens": row[:-1], "labels": row[1:], "loss_mask": weights, "position_ids": places, "attention_mask": mask}
+
+
+class Data(pl.LightningDataModule):
+    """Micro-batches of two; a step has two of them with one data parallel pair."""
+
+    def __init__(self, size: int = 256) -> None:
+        super().__init__()
+        from nemo.lightning.pytorch.plugins import MegatronDataSampler
+
+        self.size = size
+        self.data_sampler = MegatronDataSampler(seq_len=SEQUENCE, micro_batch_size=2, global_batch_size=8)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Tokens(self.size))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Tokens(32))
+
+
+class MegatronRecorder(Recorder):
+    """Of the tensors in Megatron's optimizers too, and the generators of its RNG tracker."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        super().on_train_batch_end(trainer, pl_module, {"loss": loss}, batch, trainer.global_step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+        from lightning_gemini.nemo.tensors import inner_optimizers
+
+        inner = inner_optimizers(getattr(o, "optimizer", o) for o in trainer.strategy.optimizers)
+        moments = [v for o in inner for p in o.state.values() for _, v in sorted(p.items()) if isinstance(v, torch.Tensor)]
+        record = {
+            "losses": self.losses,
+            "params": digest(list(pl_module.parameters())),
+            "optimizer": digest(moments + [p for o in inner for g in o.param_groups for p in g["params"]]),
+            "lr": [g["lr"] for o in inner for g in o.param_groups],
+            "steps": trainer.global_step,
+            "rng": digest([torch.get_rng_state(), *get_cuda_rng_tracker().get_states().values()]),
+            "metrics": {k: float(v) for k, v in sorted(trainer.callback_metrics.items())},
+        }
+        (Path(self.directory) / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
+
+
+def build(*, distributed: bool = False, bf16: bool = False, dropout: float = 0.1, **config: Any) -> Any:
+    """The model."""
+    from megatron.core.optimizer import OptimizerConfig
+    from nemo.collections import llm
+    from nemo.lightning.pytorch.optim import MegatronOptimizerModule
+
+    llama = llm.LlamaConfig(
+        num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2, seq_length=SEQUENCE,
+        vocab_size=VOCABULARY, hidden_dropout=dropout, attention_dropout=dropout, bf16=bf16, gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False, bias_dropout_fusion=False, bias_activation_fusion=False, apply_rope_fusion=False,
+        persist_layer_norm=False, cross_entropy_loss_fusion=False, **config,
+    )  # fmt: skip
+    optimizer = OptimizerConfig(lr=1e-2, bf16=bf16, clip_grad=0.0, use_distributed_optimizer=distributed, weight_decay=0.1)
+    return llm.GPTModel(llama, optim=MegatronOptimizerModule(optimizer))
+
+
+def train(directory: Path, strategy: Any, world: int, *, steps: int = 8, plugins: Any = None, model: Any = None, **trainer: Any) -> None:
+    """What a user's script does."""
+    import nemo.lightning as nl
+    from nemo.utils import logging
+
+    logging.setLevel(logging.WARNING)
+    fitted = nl.Trainer(
+        accelerator="cpu", devices=world, strategy=strategy, max_steps=steps, logger=False, enable_checkpointing=False, plugins=plugins,
+        enable_model_summary=False, enable_progress_bar=False, default_root_dir=str(directory), use_distributed_sampler=False,
+        callbacks=[MegatronRecorder(str(directory))],
+        **{"num_sanity_val_steps": 0, "limit_val_batches": 0, "val_check_interval": None} | trainer,
+    )  # fmt: skip
+    fitted.fit(model or build(), Data())
+
+
+def _given(strategy: dict[str, Any]) -> dict[str, Any]:
+    dtype = strategy.get("pipeline_dtype")
+    return {"ckpt_async_save": False, **strategy, "pipeline_dtype": getattr(torch, dtype) if dtype else None}
+
+
+def job(directory: Path, world: int, strategy: dict[str, Any], model: dict[str, Any], faults: Any = (), **options: Any) -> Result:
+    """Under our Strategy."""
+
+    def target() -> None:
+        from tests.nemo_llm import cpu
+
+        cpu.enable()
+        from lightning_gemini.nemo import GeminiMegatronStrategy
+
+        chosen = GeminiMegatronStrategy(faults=list(faults), **_given(strategy))
+        train(directory, chosen, world, model=build(**model), **options)
+
+    return run_job(directory, target, world, timeout_s=150)
+
+
+def plain(directory: Path, world: int, strategy: dict[str, Any], model: dict[str, Any], **options: Any) -> Result:
+    """Under NeMo's own."""
+
+    def target() -> None:
+        from tests.nemo_llm import cpu
+
+        cpu.enable()
+        from nemo.lightning.pytorch.strategies import MegatronStrategy
+
+        train(directory, MegatronStrategy(**_given(strategy)), world, model=build(**model), **options)
+
+    return run_plain(directory, target, world, timeout_s=150)

@@ -6,13 +6,21 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Flags for installing torch alone, for instance an index of CPU builds: make venv TORCH_PIP_FLAGS='--index-url ...'
 TORCH_PIP_FLAGS ?=
+# NeMo has an environment of its own: it needs an older Lightning.
+NEMO_VENV := .venv-nemo
+NEMO_BIN := $(NEMO_VENV)/bin
+NEMO_STAMP := $(NEMO_VENV)/.installed
+# Language models are in NeMo 2.x only, which needs an older Lightning yet.
+NEMO_LLM_VENV := .venv-nemo-llm
+NEMO_LLM_BIN := $(NEMO_LLM_VENV)/bin
+NEMO_LLM_STAMP := $(NEMO_LLM_VENV)/.installed
 # Runs of each campaign of `make chaos`, of 38 faults each.
 RUNS ?= 8
 # Versions of Lightning besides the pinned one.
 LIGHTNINGS ?= 2.4.0 2.5.6
 
 .DEFAULT_GOAL := test
-.PHONY: venv demo test test-versions lint bench chaos clean
+.PHONY: venv demo test test-nemo-llm test-versions lint bench chaos clean
 
 venv: $(STAMP)
 
@@ -25,6 +33,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,dev]'
 	touch $@
 
+venv-nemo: $(NEMO_STAMP)
+
+$(NEMO_STAMP): pyproject.toml constraints-nemo.txt
+	$(PYTHON) -m venv $(NEMO_VENV)
+	$(NEMO_BIN)/python -m pip install -q $(TORCH_PIP_FLAGS) -c constraints-nemo.txt torch
+	$(NEMO_BIN)/python -m pip install -q -c constraints-nemo.txt -e '.[nemo]' pytest pytest-timeout hypothesis
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/lightning-gemini demo
 
@@ -34,6 +50,21 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+test-nemo: $(NEMO_STAMP)
+	$(NEMO_BIN)/python -m pytest -q tests/nemo
+
+$(NEMO_LLM_STAMP): pyproject.toml constraints-nemo-llm.txt
+	$(PYTHON) -m venv $(NEMO_LLM_VENV)
+	$(NEMO_LLM_BIN)/python -m pip install -q $(TORCH_PIP_FLAGS) -c constraints-nemo-llm.txt torch
+	$(NEMO_LLM_BIN)/python -m pip install -q -c constraints-nemo-llm.txt -e '.[nemo-llm]' pytest pytest-timeout hypothesis
+	touch $@
+
+test-nemo-llm: $(NEMO_LLM_STAMP)
+	$(NEMO_LLM_BIN)/python -m pytest -q tests/nemo_llm
+
+demo-nemo: $(NEMO_STAMP)
+	$(NEMO_BIN)/python recipes/nemo_asr/demo.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
@@ -52,5 +83,5 @@ chaos: $(STAMP)
 	GEMINI_CHAOS=$(RUNS) $(BIN)/python -m pytest -q -m campaign
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEMO_VENV) $(NEMO_LLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

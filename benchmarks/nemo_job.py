@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,4 +41,5 @@ def watched() -> None:
 
 if __name__ == "__main__":
     watched()
-    runpy.run_path(str(RECIPE / "speech_to_text_ctc.py"), run_name="__main__")  # sys.argv stays: Lightning's ddp starts its ranks by it
+    script = RECIPE / "speech_to_text_ctc.py"  # not by runpy, which changes sys.argv: Lightning's ddp starts its other ranks by it
+    exec(compile(script.read_text(), str(script), "exec"))

@@ -4,7 +4,11 @@ Why it is touched (no public way exists): its `check_resume` moves the log files
 on from. A spare runs it in the middle of the training: a checkpoint that is being written would be an error there, and two of them another.
 Its state comes from its peers. And rank 0 would move away what the process that the user started has just written.
 
-Seam: `settle(…)`, before `exp_manager` is called; where NeMo is not imported, or has no `check_resume`, it does nothing.
+NVIDIA's OneLogger, which NeMo attaches, measures one training loop per process: `on_train_start` raises in rank 0 where `fit` is entered
+again. It is switched off then, in that process, as it switches itself off after an error.
+
+Seam: `settle(…)`, before `exp_manager` is called, and `reenter()`, before `fit` is entered again; where NeMo is not imported, or has no
+such thing, they do nothing.
 """
 
 from __future__ import annotations
@@ -49,3 +53,10 @@ def _without_moving(module: Any, original: Callable[..., Any], *args: Any, **kwa
         return original(*args, **kwargs)
     finally:
         module.is_global_rank_zero = asked
+
+
+def reenter() -> None:
+    """Before `fit` is entered again in this process."""
+    provider = getattr(sys.modules.get("nv_one_logger.api.one_logger_provider"), "OneLoggerProvider", None)
+    if provider is not None and provider.instance().one_logger_enabled:
+        provider.instance().force_disable_logging()

@@ -24,7 +24,7 @@ from lightning_gemini import checks, faults
 from lightning_gemini.agent.messages import Due, Fault, Hello, Left, LoaderStarted, Recovered, Waiting
 from lightning_gemini.agent.variables import rank_variables
 from lightning_gemini.compat import lightning as compat
-from lightning_gemini.compat import loggers
+from lightning_gemini.compat import loggers, nemo
 from lightning_gemini.compat.torch import keep_groups_swappable
 from lightning_gemini.data.position import PositionedLoader
 from lightning_gemini.environment import GeminiEnvironment
@@ -299,6 +299,7 @@ class Joining(Stepping):
         close_all(bye=False)
         compat.forget_loaders(trainer)
         trainer.callbacks = list(self._callbacks)  # type: ignore[attr-defined]  # hooks of set-up, as NeMo's, add theirs again
+        nemo.reenter()
         self.loader_positions = []
         self.model = self.lightning_module  # type: ignore[attr-defined]
         trainer.state.status = trainer.state.status.__class__.RUNNING

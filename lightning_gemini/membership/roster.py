@@ -73,8 +73,10 @@ def replaced(roster: list[str], live: Mapping[str, NodeInfo], known: Mapping[str
 
 
 def _candidates(kept: list[str], live: Mapping[str, NodeInfo]) -> list[NodeInfo]:
-    """Live nodes without a place that can be in one job with those that have one; spares before those that came too many."""
-    free = _in_order(info for node, info in live.items() if node not in kept)
+    """Live nodes without a place that can be in one job with those that have one; spares before those that came too many. One that comes
+    again waits until its earlier life, which still has a place, is gone: etcd extends leases when it was away itself."""
+    taken = {live[node].host for node in kept if node}
+    free = _in_order(info for node, info in live.items() if node not in kept and not (info.again and info.host in taken))
     reference = [live[node] for node in kept if node] + free
     return sorted((info for info in free if _agrees(reference[0], info)), key=lambda info: not info.spare)
 

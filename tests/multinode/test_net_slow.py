@@ -58,7 +58,6 @@ def test_no_step_waits_and_a_lost_node_goes_back_to_what_was_replicated(network:
     (recovery,) = job.recoveries
     assert recovery["step"] + recovery["repeated_steps"] == LAST
     assert "replication is slower than training" in job.outputs()
-    assert max(event["behind"] for event in job.named("replicated")) > 1
 
 
 def test_steps_wait_where_that_was_chosen(network: Network) -> None:

@@ -69,6 +69,13 @@ def test_a_spare_is_kept_for_its_own_failure_domain() -> None:
     assert replaced(["a", "b", "c"], live, KNOWN) == ["2", "1", "c"]
 
 
+def test_who_comes_again_waits_for_the_end_of_its_earlier_life() -> None:
+    earlier, again = info("b", host="10.0.0.9"), info("b2", host="10.0.0.9", spare=True, again=True)
+    known = {"a": info("a", host="10.0.0.8"), "b": earlier}
+    assert replaced(["a", "b"], nodes(earlier, again), known) == ["", "b"]
+    assert replaced(["a", "b"], nodes(known["a"], again), known) == ["a", "b2"]
+
+
 def test_when_all_have_died_those_who_come_fit_each_other() -> None:
     live = nodes(info("m"), info("n", script="other"), info("o"))
     assert replaced(["a", "b", "c"], live, KNOWN) == ["m", "o", ""]

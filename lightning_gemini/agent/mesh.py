@@ -53,14 +53,17 @@ class Connection:
     def say(self, frame: bytes) -> None:
         """Send, or keep until the socket takes it; a newer frame takes an older one's place."""
         self._latest = frame
-        self._ready()
+        self._attempt(self._write)
 
     def _ready(self) -> None:
+        self._attempt(self._read)
+        self._attempt(self._write)
+
+    def _attempt(self, act: Callable[[], None]) -> None:
         if self.sock.fileno() < 0:  # closed by something that was ready at the same time
             return
         try:
-            self._read()
-            self._write()
+            act()
         except OSError:
             self.close()
             self._lost()
@@ -187,14 +190,14 @@ class Mesh:
         board.set(board.job, REPLICATED_AT_GATE, result.replicated_at_gate)  # first: whoever sees the gate relies on it
         for word, value in ((REPLICATED, words.replicated), (GATE, words.gate), (TENSORS, words.tensors), (BOUNDARY, words.boundary)):
             board.set(board.job, word, value)
+        frame = _FRAME.pack(_DOWN, self._number, *words, result.replicated_at_gate, result.complete)
+        for index, connection in list(self._connections.items()):
+            if index != self._parent:
+                connection.say(frame)  # hears nothing meanwhile: a child must not get this result after a newer one
         if words.end_at and not board.get(board.job, END_AT):
             board.set(board.job, END_AT, words.end_at)
             self._on_end_at(step_of(words.end_at))
         self._on_result(result)
-        frame = _FRAME.pack(_DOWN, self._number, *words, result.replicated_at_gate, result.complete)
-        for index, connection in list(self._connections.items()):
-            if index != self._parent:
-                connection.say(frame)
 
     # ---- dialling
 

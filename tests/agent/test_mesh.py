@@ -80,6 +80,22 @@ def test_a_connection_that_was_closed_by_what_was_ready_before_it(site: Site) ->
     assert not site.lost
 
 
+def test_no_child_hears_an_older_result_after_a_newer_one(site: Site) -> None:
+    """Two words of one child arrive at once: the result of the second must be the last that the other child gets."""
+    other, theirs = socket.socketpair()
+    site.mesh.open(0, 0, ["a", "b", "c"], site.board)
+    site.mesh.accept(1, "b", site.ours)
+    site.mesh.accept(2, "c", other)
+    site.mesh.own(Words(boundary=tag(0, 5)))
+    theirs.sendall(up(0, 5))
+    site.theirs.sendall(up(0, 1) + up(0, 2))
+    site.run_until(lambda: site.board.get(site.board.job, BOUNDARY) == tag(0, 2))
+    theirs.setblocking(False)
+    heard = theirs.recv(1 << 16)
+    assert _FRAME.unpack(heard[-_FRAME.size :])[2] == tag(0, 2)
+    theirs.close()
+
+
 def test_a_parent_that_is_late_is_dialled_again(site: Site) -> None:
     site.mesh.open(0, 1, ["a", "b"], site.board)
     site.theirs.settimeout(_LIMIT_S)

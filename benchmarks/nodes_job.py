@@ -174,9 +174,7 @@ def plain_strategy(recipe: Recipe, directory: Path) -> Any:
     return ModelParallelStrategy(data_parallel_size=recipe.world, tensor_parallel_size=1)
 
 
-def script(
-    directory: Path, recipe: Recipe, *callbacks: pl.Callback, strategy: Strategist = our_strategy
-) -> Callable[[], None]:
+def script(directory: Path, recipe: Recipe, *callbacks: pl.Callback, strategy: Strategist = our_strategy) -> Callable[[], None]:
     """What every rank runs."""
 
     def train() -> None:

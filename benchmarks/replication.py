@@ -160,6 +160,7 @@ class Agent:
 
 def node_process(node: str, size: int) -> Process:
     """An `Agent` in a process of its own."""
+
     def body(sock: socket.socket) -> None:
         agent = Agent(node, size)
         _serve(sock, {name: getattr(agent, name) for name in ("port", "open", "make", "capture", "replicate", "fetch", "cpu")})

@@ -231,6 +231,8 @@ class Coordinator:
             found = {rank: RankInventory(alive=False, boundary=-1) for rank in self.own_ranks()}
         elif len(ranks) < self.ranks_per_node or any(member.stopped is None and not member.fresh for member in ranks.values()):
             return
+        elif not self.persisting.known:  # it may be the only one that can tell what to go back to
+            return
         else:
             found = {rank: inventory_of(self.place(rank), member, self.files, self.board) for rank, member in ranks.items()}
         recovery.inventory = found

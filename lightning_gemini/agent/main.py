@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add("--domain", metavar="LABEL", help="failure domain of this node: its rack, switch or zone")
     add("--spare", action="store_true", help="take part only in place of a node that is lost")
     add("--token-file", metavar="FILE", help="file with the job's secret (default: LIGHTNING_GEMINI_TOKEN)")
-    own = "more options of the group membership, such as {\"lease_ttl_s\": 6}: those of the script do not count here"
+    own = 'more options of the group membership, such as {"lease_ttl_s": 6}: those of the script do not count here'
     add("--membership", metavar="JSON", default="{}", help=own)
     add("command", nargs=argparse.REMAINDER, help="script.py and its arguments, or a whole command after --")
     return made

@@ -7,7 +7,8 @@ States: off; idle -> copying (the slots must not be overwritten: `held`) -> writ
 node at index 0 when all have (`written`), and it has the checkpoint completed. One attempt per generation and step, in a folder of its own.
 
 Failure of any part: the node says so, that step has no checkpoint, what is older stays, the next due step is the next attempt. A storage
-process that dies is started again then. Ranks wait for it in one case only: before the first step, for where to begin.
+process that dies is started again then. Ranks wait for it in one case only: for where to begin, before the first step, or before a node
+that comes into a job later first reports what there is.
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ class Persisting:
     def on(self) -> bool:
         """Whether anything is persisted."""
         return bool(self._config.url)
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known what there is to begin from."""
+        return not self.on or self._begin is not None
 
     def configure(self, config: PersistentConfig) -> None:
         """The options; asks where to begin."""
@@ -162,6 +168,7 @@ class Persisting:
         self._begin = answer
         if answer.path:
             self.newest = max(self.newest, (answer.step, answer.path))
+        self._node.fill()
         for asking in self._asking:
             asking(answer)
         self._asking.clear()

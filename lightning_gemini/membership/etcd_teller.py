@@ -24,7 +24,7 @@ class Teller:
 
     def __init__(self, node: str, terms: Terms, observer: Observer, outbox: Outbox, clock: Callable[[], float]) -> None:
         self.clock = clock
-        self.over = False
+        self.over = self.expelled = False
         self._node, self._terms, self._observer, self._outbox = node, terms, observer, outbox
         self._told = Generation(number=-1, roster=[])
         self._seen = 0.0
@@ -51,7 +51,7 @@ class Teller:
 
     def expel(self, why: str) -> None:
         """The first reason counts."""
-        self.over = True
+        self.over, self.expelled = True, self.expelled or not self.over
         self._outbox.post_instead(lambda: self._observer.on_expelled(f"node {self._node} is expelled: {why}"))
 
     def news(self, text: str) -> None:

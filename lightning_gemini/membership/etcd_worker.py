@@ -171,6 +171,8 @@ class Worker:
         self._lease.end()
         with contextlib.suppress(Unavailable, Refused):
             self._revoke(self._lease.id)
+            if self._teller.expelled:  # it may come back, as all the others may: the job stays for as long as its lease
+                return
             if self._transact(clear_if_left(self._view.prefix)):
                 self._revoke(self._view_lease())
             if self._job_lease != self._view_lease():

@@ -98,4 +98,3 @@ class Ending(msgspec.Struct, kw_only=True):
 
     status: int
     reason: str
-

@@ -216,7 +216,5 @@ def _rewind(job: Inventory, target: int, newest: int, why: str) -> RecoveryPlan:
 def _from_storage(job: Inventory, newest: int, why: str) -> RecoveryPlan:
     step, path = job.persisted
     if newest > 0 and step >= 0:
-        return RecoveryPlan(
-            action="storage", target=step, reason=why, repeated_steps=newest - step, replaced=_dead(job.ranks), path=path
-        )
+        return RecoveryPlan(action="storage", target=step, reason=why, repeated_steps=newest - step, replaced=_dead(job.ranks), path=path)
     return RecoveryPlan(action="restart", target=-1, reason=why, repeated_steps=max(newest, 0))

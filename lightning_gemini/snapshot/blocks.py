@@ -32,9 +32,7 @@ class Block(NamedTuple):
 
 def cut(length: int, travel: int, chunk: int) -> list[Block]:
     """The blocks of a payload, in order; none crosses `travel`."""
-    return [
-        Block(start, min(chunk, end - start)) for first, end in ((0, travel), (travel, length)) for start in range(first, end, chunk)
-    ]
+    return [Block(start, min(chunk, end - start)) for first, end in ((0, travel), (travel, length)) for start in range(first, end, chunk)]
 
 
 def place_of_trailer(length: int) -> int:

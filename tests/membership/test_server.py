@@ -115,6 +115,18 @@ def test_an_etcd_that_is_away_for_longer(start: Start, etcd: Etcd, how: str) -> 
     assert time.monotonic() - began < 12
 
 
+def test_a_job_stays_when_all_its_nodes_were_expelled(start: Start, etcd: Etcd) -> None:
+    """Also where etcd is back by the time that they withdraw: they may all come again."""
+    agents = two(start, etcd, lease_ttl_s=2)
+    etcd.die()
+    pump(agents, have(agents, "expelled"))
+    etcd.restart()
+    for agent in agents:
+        agent.membership.close()
+    again = [start.agent(etcd, node, 2, spare=True, again=True, host=f"127.0.0.{i}") for i, node in enumerate(("a2", "b2"), 2)]
+    pump(again, have(again, "recovered"))
+
+
 def test_an_etcd_that_was_wiped(start: Start, etcd: Etcd) -> None:
     agents = two(start, etcd)
     for _ in range(3):

@@ -210,6 +210,8 @@ def script(directory: Path, nodes: int, per_node: int, recipe: Recipe, *strikes:
         pl.seed_everything(1)
         saboteur = Saboteur(directory, strikes)
         settings = recipe.options | options
+        if any(strike.kept for strike in strikes):  # each step has a snapshot then, also where its predecessor's was slow
+            settings["replication"] = {"when_behind": "wait", **settings.get("replication", {})}
         if recipe.mapped:
             use_mapped_data()
         strategy: Any = GeminiStrategy(**settings)

@@ -10,6 +10,7 @@ import pytest
 from tests.multinode.models import Recipe, Strike
 from tests.multinode.network import Network, held
 from tests.support.cluster import JobOnNodes
+from tests.support.storing import SLOW
 
 DDP, FSDP = Recipe("ddp", 2), Recipe("fsdp", 2)
 THREE_SERVERS = pytest.mark.parametrize("network", [3], indirect=True)
@@ -127,14 +128,17 @@ def test_etcd_comes_back_too_late(network: Network) -> None:
 
 
 def test_etcd_comes_back_too_late_but_there_is_a_checkpoint(network: Network) -> None:
-    """The job goes on from it."""
+    """The job goes on from it, also where the nodes, who have come back, take their time to find it."""
 
     def during(job: JobOnNodes) -> None:
         held(job)
         job.until(lambda: bool(job.named("checkpoint")), "a checkpoint")
+        (job.directory / SLOW).touch()
         network.etcd.die()
         job.until(lambda: all(job.named_of(number, "expelled") for number in (0, 1)), "the expulsion of both")
         network.etcd.restart()
+        job.until(lambda: all(job.named_of(number, "assign") for number in (0, 1)), "ranks on both")
+        (job.directory / SLOW).unlink()
 
     store = network.directory / "store"
     job = network.run(

@@ -40,9 +40,7 @@ def test_the_majority_goes_on_and_the_minority_comes_back(network: Network) -> N
         print(f"noticed after {noticed:.2f} s, stopped after {stopped:.2f} s, a spare again {back(job, 2, mended):.2f} s after the mend")
         job.kill(1)
 
-    job = network.run(
-        THREE, 3, *strikes, spares=1, during=during, membership=QUICK, persistent={"url": str(store), "every_n_steps": 1}
-    )
+    job = network.run(THREE, 3, *strikes, spares=1, during=during, membership=QUICK, persistent={"url": str(store), "every_n_steps": 1})
     network.same(THREE, job, recoveries=2, lost=[1], replaced=[1, 2])
     assert "this node has left the job" in job.output(2)
 
@@ -81,9 +79,7 @@ def test_etcd_is_with_the_minority_for_a_while(network: Network) -> None:
         (job.directory / "go").touch()
 
     strike = Strike("forward", 2, 5, kind="wait", kept=True)
-    job = network.run(
-        THREE, 3, strike, spares=1, during=during, membership=QUICK, persistent={"url": str(store), "every_n_steps": 3}
-    )
+    job = network.run(THREE, 3, strike, spares=1, during=during, membership=QUICK, persistent={"url": str(store), "every_n_steps": 3})
     network.same(THREE, job, recoveries=1, repeated=2, replaced=[0, 1])
 
 

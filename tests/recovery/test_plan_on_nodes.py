@@ -75,9 +75,7 @@ def test_the_last_replicated_step_of_one_counts_for_all() -> None:
     assert (found.action, found.target, set(found.fetch)) == ("rewind", 4, {1, 2})
 
 
-@pytest.mark.parametrize(
-    ("persisted", "action", "target", "repeated"), [(CHECKPOINT, "storage", 2, 3), ((-1, ""), "restart", -1, 5)]
-)
+@pytest.mark.parametrize(("persisted", "action", "target", "repeated"), [(CHECKPOINT, "storage", 2, 3), ((-1, ""), "restart", -1, 5)])
 def test_a_whole_group_is_lost(persisted: tuple[int, str], action: str, target: int, repeated: int) -> None:
     found = decided([NOTHING, NOTHING, live(5), live(5)], {2: {3: {5: ""}}}, persisted=persisted)
     assert (found.action, found.target, found.repeated_steps) == (action, target, repeated)
@@ -98,9 +96,7 @@ steps = st.sets(st.integers(0, 8), max_size=2)
     st.integers(-1, 3),
 )
 @settings(max_examples=400, deadline=None)
-def test_every_plan_can_be_carried_out(
-    nodes: list[tuple[int, int] | None], kept: dict[int, dict[int, set[int]]], persisted: int
-) -> None:
+def test_every_plan_can_be_carried_out(nodes: list[tuple[int, int] | None], kept: dict[int, dict[int, set[int]]], persisted: int) -> None:
     ranks = [NOTHING if node is None else live(node[0], at=node[0] - node[1], wrote=bool(node[1])) for node in nodes]
     alive = {rank for rank, node in enumerate(nodes) if node is not None}
     replicas = {

@@ -6,8 +6,10 @@ Nodes are addresses of loopback, or (with `nodes`) network namespaces of their o
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -85,6 +87,7 @@ class JobOnNodes:
         config = MembershipConfig(etcd=self.etcd, **self.membership)
         told = Options(membership=config, token=self.tokens.get(number, TOKEN), script=["script", self.scripts.get(number, "")])
         spawner = ForkSpawner(self.target)
+        faulthandler.register(signal.SIGUSR1)  # for `stacks`
         try:
             return live(here, lambda here: Supervisor(spawner, here.ranks_per_node, through_etcd(here, told), storage=storage_process))
         except (ValueError, ConnectionError) as error:  # as `agent.main` does
@@ -112,12 +115,24 @@ class JobOnNodes:
         """Of all."""
         return "\n".join(f"--- node {path.stem[4:]}\n{path.read_text()[-5000:]}" for path in sorted(self.directory.glob("node*.txt")))
 
+    def stacks(self) -> str:
+        """`outputs`, the last event of each agent, and where every thread of every process is."""
+        said = self.outputs()
+        last = {number: event["event"] for event in self.events for number, pid in self.groups.items() if event["pid"] == pid}
+        before = {path: path.stat().st_size for path in self.directory.glob("node*.txt")}
+        for pid in (pid for number in self.agents for pid in self.alive(number)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.05)  # one after the other; nothing tells when it has
+        frames = [f"--- {path.stem}\n{_brief(path.read_text()[size:])}" for path, size in before.items()]
+        return "\n".join([said, f"--- the last events: {last}", *frames])
+
     def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
         """Wait until something has happened."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline or not self.agents:
-                raise TimeoutError(f"{what} did not happen\n{self.outputs()}")
+                raise TimeoutError(f"{what} did not happen\n{self.stacks()}")
             for number in list(self.agents):
                 self._reap(number, os.WNOHANG)
             time.sleep(0.01)
@@ -129,7 +144,7 @@ class JobOnNodes:
             for number in list(self.agents):
                 self._reap(number, os.WNOHANG)
             if time.monotonic() > deadline:
-                output = self.outputs()
+                output = self.stacks()
                 self.stop()
                 raise TimeoutError(f"job in {self.directory} did not end\n{output}")
             time.sleep(0.01)
@@ -187,6 +202,12 @@ class JobOnNodes:
         """The furthest step that rank 0 has told, -1 for none."""
         path = self.directory / "step"
         return int(path.read_text()) if path.exists() else -1
+
+
+def _brief(frames: str) -> str:
+    """The inner ends of stacks, as faulthandler prints them."""
+    stacks = [re.sub(r' *File ".*/((?:[^/"]*/)?[^/"]*)", line ', r"  \1:", stack) for stack in frames.split("\n\n")]
+    return "\n".join("\n".join(stack.strip().splitlines()[:7]) for stack in stacks)
 
 
 def _group(pid: int) -> int:

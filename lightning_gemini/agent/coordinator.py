@@ -227,11 +227,11 @@ class Coordinator:
         recovery, ranks = self.recovery, self.crew.ranks()
         if recovery is None or recovery.stopped_ns or self.index is None:
             return
+        if not nobody and not self.persisting.known:  # it may be the only one that can tell what to go back to
+            return
         if nobody:
             found = {rank: RankInventory(alive=False, boundary=-1) for rank in self.own_ranks()}
         elif len(ranks) < self.ranks_per_node or any(member.stopped is None and not member.fresh for member in ranks.values()):
-            return
-        elif not self.persisting.known:  # it may be the only one that can tell what to go back to
             return
         else:
             found = {rank: inventory_of(self.place(rank), member, self.files, self.board) for rank, member in ranks.items()}

@@ -44,12 +44,15 @@ class Node:
         self.expelled = False
         self.configured = False
         """A process of this node has reached `fit`."""
+        self._founder = False
+        """It has its place since the job began."""
         self._filling = False
         """The arenas are being filled from a checkpoint."""
         self.ending = False
         """The job ends by a signal: nobody is replaced any more."""
         self.nobody = False
-        """In this recovery: no process of this node had reached `fit`, there is nothing to keep or to fill."""
+        """In this recovery: no process of this node had reached `fit`, so that the job has no step yet; there is nothing to keep or to
+        fill, all ranks will start anew. A node that came later has ranks to fill, however many recoveries begin before they are."""
         self.deadline = float("inf")
         """By when the ranks of this node must stand still."""
 
@@ -98,12 +101,13 @@ class Node:
 
     def on_generation(self, generation: Generation, nodes: Mapping[str, NodeInfo]) -> None:
         """See `membership.base.Observer`."""
-        index, known = self.job.index_in(generation), self.coordinator.index is not None
+        index = self.job.index_in(generation)
         shared = [host for host, count in Counter(nodes[node].host for node in generation.roster if node).items() if count > 1]
         if shared:
             self.end(1, f"two nodes have the address {shared[0]}: give each its own with --host, one that the others reach")
             return
         if generation.number == 0 or index is None:
+            self._founder = index is not None
             self.coordinator.form(generation, nodes, index)
             for rank in self.coordinator.own_ranks():
                 self.start(rank)
@@ -111,7 +115,7 @@ class Node:
                 self.start_spares()
             return
         if generation.number != self.coordinator.number:  # else its vacant places were filled
-            self.nobody = known and not self.configured
+            self.nobody = self._founder and not self.configured
         self.coordinator.begin(generation, nodes, index)
         patience_s = float("inf") if self.coordinator.lacks_nodes else self.config.recovery.regroup_timeout_s
         self.deadline = time.monotonic() + patience_s

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.multinode.lab import Lab
+from tests.multinode.lab import Lab, until
 from tests.multinode.models import Recipe, Strike
 from tests.support.cluster import JobOnNodes
 
@@ -188,3 +190,27 @@ def test_a_node_is_lost_in_a_network_that_is_waited_for(lab: Lab) -> None:
     """`when_behind: wait`: each step waits for the snapshot before it."""
     job = lab.run(SMALL, 2, Strike("before_step", 0, 5), spares=1, replication={"when_behind": "wait"})
     lab.same(SMALL, job, recoveries=1, repeated=range(2), lost=[0], replaced=[0])
+
+
+def test_a_second_node_is_lost_before_the_processes_of_the_first_replacement_are_ready(lab: Lab) -> None:
+    """The replacement takes part in two generations before its script has reached `fit`: its ranks are to be filled all the same."""
+    recipe = Recipe("ddp", 3)
+
+    def slow(train: Callable[[], None]) -> None:
+        if not os.environ["LIGHTNING_GEMINI_RANK"]:  # a spare
+            until(Path("go").exists, "the permission")
+        train()
+
+    def during(job: JobOnNodes) -> None:
+        held(job)
+        for generation, node in ((1, 1), (2, 2)):
+            job.kill(node)
+            job.until(lambda generation=generation: begun(job, generation), f"generation {generation}")  # type: ignore[misc]
+        (job.directory / "go").touch()
+
+    def begun(job: JobOnNodes, generation: int) -> bool:
+        return any(event["generation"] == generation for event in job.named_of(0, "recover"))
+
+    strike = Strike("forward", 0, 3, kind="wait", kept=True)
+    job = lab.run(recipe, 3, strike, spares=2, wrapped=slow, during=during, replication={"copies": 3})
+    lab.same(recipe, job, recoveries=1, lost=[1, 2], replaced=[1, 2])

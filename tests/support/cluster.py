@@ -9,7 +9,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -29,6 +28,7 @@ from lightning_gemini.agent.supervisor import Supervisor
 from lightning_gemini.config import MembershipConfig
 from lightning_gemini.telemetry.events import read_events
 from tests.support.nodes import Nodes
+from tests.support.stacks import brief, signal_all, tell_votes
 from tests.support.storing import storage_process
 
 TOKEN = b"a secret of this test"
@@ -88,8 +88,14 @@ class JobOnNodes:
         told = Options(membership=config, token=self.tokens.get(number, TOKEN), script=["script", self.scripts.get(number, "")])
         spawner = ForkSpawner(self.target)
         faulthandler.register(signal.SIGUSR1)  # for `stacks`
+
+        def start(here: Cluster) -> Supervisor:
+            made = Supervisor(spawner, here.ranks_per_node, through_etcd(here, told), storage=storage_process)
+            signal.signal(signal.SIGUSR2, lambda *_: tell_votes(made))
+            return made
+
         try:
-            return live(here, lambda here: Supervisor(spawner, here.ranks_per_node, through_etcd(here, told), storage=storage_process))
+            return live(here, start)
         except (ValueError, ConnectionError) as error:  # as `agent.main` does
             print(f"lightning-gemini: {error}", file=sys.stderr)
             return 2
@@ -116,15 +122,13 @@ class JobOnNodes:
         return "\n".join(f"--- node {path.stem[4:]}\n{path.read_text()[-5000:]}" for path in sorted(self.directory.glob("node*.txt")))
 
     def stacks(self) -> str:
-        """`outputs`, the last event of each agent, and where every thread of every process is."""
+        """`outputs`, what each agent knows of the votes, its last event, and where every thread of every process is."""
+        signal_all(self.agents.values(), signal.SIGUSR2)
         said = self.outputs()
         last = {number: event["event"] for event in self.events for number, pid in self.groups.items() if event["pid"] == pid}
         before = {path: path.stat().st_size for path in self.directory.glob("node*.txt")}
-        for pid in (pid for number in self.agents for pid in self.alive(number)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
-            time.sleep(0.05)  # one after the other; nothing tells when it has
-        frames = [f"--- {path.stem}\n{_brief(path.read_text()[size:])}" for path, size in before.items()]
+        signal_all((pid for number in self.agents for pid in self.alive(number)), signal.SIGUSR1)
+        frames = [f"--- {path.stem}\n{brief(path.read_text()[size:])}" for path, size in before.items()]
         return "\n".join([said, f"--- the last events: {last}", *frames])
 
     def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
@@ -202,12 +206,6 @@ class JobOnNodes:
         """The furthest step that rank 0 has told, -1 for none."""
         path = self.directory / "step"
         return int(path.read_text()) if path.exists() else -1
-
-
-def _brief(frames: str) -> str:
-    """The inner ends of stacks, as faulthandler prints them."""
-    stacks = [re.sub(r' *File ".*/((?:[^/"]*/)?[^/"]*)", line ', r"  \1:", stack) for stack in frames.split("\n\n")]
-    return "\n".join("\n".join(stack.strip().splitlines()[:7]) for stack in stacks)
 
 
 def _group(pid: int) -> int:

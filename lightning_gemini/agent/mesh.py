@@ -122,15 +122,16 @@ class Mesh:
 
     def open(self, number: int, index: int, nodes: Sequence[str], board: Board) -> None:
         """A generation begins, with these nodes by index."""
-        self._over.set()
         for place, connection in list(self._connections.items()):
             if place >= len(nodes) or nodes[place] != connection.node:
                 self._connections.pop(place).close()
-        if (number, board) != (self._number, self._board):  # else vacant places were filled: what others have said still counts
+        filled = (number, board) == (self._number, self._board)  # vacant places: what others have said still counts
+        if not filled:
+            self._over.set()
             board.set(board.job, END_AT, 0)
             self._votes = Votes(index, len(nodes), self._up, self._down, lambda word: tag(number, step_of(word) + 2))
         self._number, self._nodes, self._board, self._parent = number, nodes, board, parent(index)
-        if self._parent is not None and self._parent not in self._connections:
+        if self._parent is not None and self._parent not in self._connections and not (filled and self._is_dialling()):
             self._dial(self._parent)
 
     def own(self, words: Words) -> None:
@@ -208,6 +209,11 @@ class Mesh:
         self._dialling = [*(thread for thread in self._dialling if thread.is_alive()), thread]
         thread.start()
 
+    def _is_dialling(self) -> bool:
+        """In this generation: a thread is about to connect, or has done so, and `_on_dialled` is about to see it."""
+        trying = bool(self._dialling) and self._dialling[-1].is_alive() and not self._over.is_set()
+        return trying or any(number == self._number for number, _, _ in self._dialled)
+
     def _connect(self, index: int, number: int, over: threading.Event) -> None:
         while not over.is_set():
             try:
@@ -224,7 +230,7 @@ class Mesh:
         with contextlib.suppress(BlockingIOError):
             self._bell.recv(64)
         while self._dialled:
-            number, index, sock = self._dialled.pop()
+            number, index, sock = self._dialled.pop(0)
             if number == self._number:
                 self._add(index, self._nodes[index], sock)
             else:

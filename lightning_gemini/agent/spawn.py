@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import stat
 import subprocess
 import sys
 import traceback
@@ -82,6 +83,17 @@ class ExecSpawner:
         return Child(process.pid)
 
 
+def _leave_sockets(kept: Sequence[int]) -> None:
+    """In a forked child, what exec would do: a socket that it held would not be closed for the other end when the agent closes it. The
+    numbers stay taken, because objects of the agent that live on here may close them at any time."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode) and int(name) not in kept and not os.get_inheritable(int(name)):
+                os.dup2(nothing, int(name), inheritable=False)
+    os.close(nothing)
+
+
 class ForkSpawner:
     """Runs `target()` in a fork of this process; an exception in it is printed and becomes exit code 1."""
 
@@ -100,6 +112,7 @@ class ForkSpawner:
             _die_with_parent()
             for fd in drop:
                 os.close(fd)
+            _leave_sockets(descriptors)
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -80,6 +80,15 @@ def test_a_connection_that_was_closed_by_what_was_ready_before_it(site: Site) ->
     assert not site.lost
 
 
+def test_a_parent_is_dialled_once_while_vacant_places_are_filled(site: Site) -> None:
+    """Of two connections each end might keep another one."""
+    site.dialler.calls = 1
+    site.mesh.open(0, 1, ["a", "b", ""], site.board)
+    site.mesh.open(0, 1, ["a", "b", "c"], site.board)
+    site.run_until(lambda: len(site.mesh._connections) == 1)
+    assert site.dialler.calls == 2
+
+
 def test_no_child_hears_an_older_result_after_a_newer_one(site: Site) -> None:
     """Two words of one child arrive at once: the result of the second must be the last that the other child gets."""
     other, theirs = socket.socketpair()

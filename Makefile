@@ -20,7 +20,7 @@ RUNS ?= 8
 LIGHTNINGS ?= 2.4.0 2.5.6
 
 .DEFAULT_GOAL := test
-.PHONY: venv demo test test-nemo-llm test-versions lint bench chaos clean
+.PHONY: venv venv-nemo demo demo-nemo test test-nemo test-nemo-llm test-versions lint bench chaos clean
 
 venv: $(STAMP)
 

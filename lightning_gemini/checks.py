@@ -18,14 +18,20 @@ from lightning_gemini.placement import place
 from lightning_gemini.state.catalogue import Entry, layout
 
 
-def ddp_arguments(kwargs: dict[str, Any]) -> None:
-    """Keyword arguments that neither DDPStrategy nor DistributedDataParallel knows are typos."""
-    known = set(inspect.signature(DDPStrategy.__init__).parameters) | set(inspect.signature(DistributedDataParallel.__init__).parameters)
-    known -= {"self", "kwargs", "module", "process_group", "cluster_environment"}
+def known_arguments(strategy: str, kwargs: dict[str, Any], *takers: type) -> None:
+    """Keyword arguments that none of `takers`, DDPStrategy or DistributedDataParallel knows are typos."""
+    classes = (*takers, DDPStrategy, DistributedDataParallel)
+    known = set[str]().union(*(inspect.signature(taker).parameters for taker in classes))
+    known -= {"kwargs", "module", "process_group", "cluster_environment"}
     for key in kwargs:
         if key not in known:
-            raise ValueError(f"unknown key {key!r}={kwargs[key]!r} for GeminiStrategy: known keys are snapshot, recovery, telemetry, "
+            raise ValueError(f"unknown key {key!r}={kwargs[key]!r} for {strategy}: known keys are snapshot, recovery, telemetry, "
                              f"replication, membership, persistent, faults, {', '.join(sorted(known))}")  # fmt: skip
+
+
+def ddp_arguments(kwargs: dict[str, Any]) -> None:
+    """What `GeminiStrategy` takes."""
+    known_arguments("GeminiStrategy", kwargs)
     if kwargs.get("static_graph"):
         raise ValueError("static_graph=True is not supported: a repeated step is a second graph to DDP; leave it out")
     if kwargs.get("start_method", "popen") != "popen":

@@ -141,6 +141,10 @@ class PersistentConfig:
                  self.keep_every_n_steps, "give a number of steps, or leave it out")  # fmt: skip
         _require(bool(self.resume), "persistent.resume", self.resume, "choose auto, never or a checkpoint's path")
 
+    def due(self, step: int) -> bool:
+        """Whether the boundary of `step` goes to storage."""
+        return bool(self.url) and step > 0 and step % self.every_n_steps == 0
+
 
 @dataclass(slots=True, kw_only=True)
 class RendezvousConfig:

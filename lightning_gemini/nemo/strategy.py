@@ -10,17 +10,14 @@ the first step.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from nemo.lightning.pytorch.strategies import MegatronStrategy
 from nemo.lightning.pytorch.strategies.utils import init_model_parallel, setup_parallel_ranks
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_gemini import checks, faults
 from lightning_gemini.compat import lightning as compat
@@ -66,7 +63,7 @@ class GeminiMegatronStrategy(Joining, MegatronStrategy):  # type: ignore[misc]
         faults: list[FaultConfig] | None = None,
         **kwargs: Any,
     ) -> None:
-        _require_known(kwargs)
+        checks.known_arguments("GeminiMegatronStrategy", kwargs, MegatronStrategy)
         MegatronStrategy.__init__(self, **kwargs)
         self._init_gemini(snapshot=snapshot, recovery=recovery, telemetry=telemetry, replication=replication, membership=membership,
                           persistent=persistent, faults=faults)  # fmt: skip
@@ -210,15 +207,3 @@ class _on_first_gradient:
     def __exit__(self, *_: Any) -> None:
         if self._hook is not None:
             self._hook.remove()
-
-
-def _require_known(kwargs: dict[str, Any]) -> None:
-    takers = (MegatronStrategy, DDPStrategy, DistributedDataParallel)
-    known = set().union(*(inspect.signature(taker.__init__).parameters for taker in takers))
-    known -= {"self", "kwargs", "cluster_environment", "module", "process_group"}
-    for key in kwargs:
-        if key not in known:
-            raise ValueError(
-                f"unknown key {key!r}={kwargs[key]!r} for GeminiMegatronStrategy: known keys are snapshot, recovery, telemetry, "
-                f"replication, membership, persistent, faults, {', '.join(sorted(known))}"
-            )

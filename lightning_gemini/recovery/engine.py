@@ -135,8 +135,8 @@ class Engine:
         return self._last_blob
 
     def _tensors_due(self, step: int) -> bool:
-        snapshots, checkpoints = self.config.snapshot.every_n_steps, self.config.persistent
-        return bool((snapshots and step % snapshots == 0) or (checkpoints.url and step and step % checkpoints.every_n_steps == 0))
+        every = self.config.snapshot.every_n_steps
+        return bool(every and step % every == 0) or self.config.persistent.due(step)
 
     def _may_capture(self) -> bool:
         """Whether the next boundary's tensors may overwrite the snapshot before the newest one. Not while that is being persisted. And on
@@ -249,8 +249,7 @@ class Engine:
 
     def persist_due(self) -> bool:
         """Whether the present boundary is one that goes to persistent storage, and its tensors are in memory or on their way there."""
-        config = self.config.persistent
-        return bool(config.url) and self.step > 0 and self.step % config.every_n_steps == 0 and self.memory.capturing == self.step
+        return self.config.persistent.due(self.step) and self.memory.capturing == self.step
 
     # ---- recovery
 
@@ -356,13 +355,10 @@ class Engine:
 
     def _await_shards(self, plan: Plan) -> None:
         """Until the others, who have not written yet, have captured what this rank shall go back to, where nobody had a snapshot of it."""
-        deadline = time.monotonic() + self.config.recovery.regroup_timeout_s
-        while self.host.replicated and not self.memory.all_have(plan.target):
-            if self.link.announced != plan.generation:
-                raise StaleGeneration(f"generation {plan.generation} is over")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the shards of step {plan.target} did not arrive")
-            time.sleep(0.001)
+        timeout_s, target = self.config.recovery.regroup_timeout_s, plan.target
+        if self.host.replicated:
+            what = f"the shards of step {target} did not arrive"
+            self.memory.wait_until(lambda: self.memory.all_have(target), plan.generation, timeout_s, what)
 
     def join(self, plan: Plan, lacking: list[Entry] | None = None) -> None:
         """Enter the generation of a plan: words, results to replay, groups. `lacking`: of a replaced rank, see `recovery.base`."""

@@ -10,7 +10,6 @@ Failure: another generation begins before it has landed -> it takes the new plan
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from lightning_gemini.agent.memory import TENSORS
@@ -113,16 +112,13 @@ class Landing:
 
     def _await_sources(self, engine: Engine, plan: Plan) -> None:
         """Until the own shard is there (a donor may be writing it) and all living owners have theirs."""
-        memory, deadline = engine.memory, time.monotonic() + engine.config.recovery.regroup_timeout_s
+        memory, number, target = engine.memory, plan.generation, plan.target
         here = [rank for rank in range(self.link.world) if self.link.is_here(rank)]
         others = [rank for rank in here if rank not in plan.replaced] if engine.host.replicated and not plan.rewind else []
         mine = [rank for rank in here if rank in plan.replaced] if engine.host.replicated else [memory.rank]
-        while True:
-            if self.link.announced != plan.generation:
-                raise StaleGeneration(f"generation {plan.generation} is over")
-            donated = all(memory.has(rank, plan.target) for rank in mine)
-            if donated and all(memory.reached(TENSORS, rank, plan.generation, plan.target) for rank in others):
-                return
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the shards of step {plan.target} did not arrive")
-            time.sleep(0.001)
+
+        def arrived() -> bool:
+            donated = all(memory.has(rank, target) for rank in mine)
+            return donated and all(memory.reached(TENSORS, rank, number, target) for rank in others)
+
+        memory.wait_until(arrived, number, engine.config.recovery.regroup_timeout_s, f"the shards of step {target} did not arrive")

@@ -101,8 +101,8 @@ class Memory:
 
     def expected_size(self) -> int:
         """Bytes of the largest slot, before the optimizers have made their state: what they hold, or two more copies of what they train."""
-        entries, every = self.entries(), self.persistent.every_n_steps
-        largest = self.owned(every if self.persistent.url else -1)
+        entries = self.entries()
+        largest = self.owned(self.persistent.every_n_steps)
         sure = sum(part.length for part, _ in largest.parts)
         trained = sum(part.length for part, _ in self.owned().parts if part.name.startswith("param/"))
         grown = 0 if any(optimizer.state for optimizer in self._optimizers()) else 2 * trained
@@ -162,8 +162,7 @@ class Memory:
 
     def _state(self, step: int) -> list[Entry]:
         """What the snapshot of `step` has: what a step may change; all, where it is persisted, because a checkpoint is a whole model."""
-        whole = self.persistent.url and step > 0 and step % self.persistent.every_n_steps == 0
-        return self.entries() if whole else self.frozen.state(self.entries())
+        return self.entries() if self.persistent.due(step) else self.frozen.state(self.entries())
 
     def begin(self) -> None:
         """The first boundary."""
@@ -260,14 +259,19 @@ class Memory:
     # ---- waiting for the others
 
     def wait_all(self, word: int, generation: int, step: int, timeout_s: float) -> None:
-        """Until every rank's `word` has reached `step`. Raises `StaleGeneration` when a recovery begins, `TimeoutError` at the deadline."""
+        """Until every rank's `word` has reached `step`."""
+        board = self.link.board
+        self.wait_until(lambda: board.all_reached(word, generation, step), generation, timeout_s, f"not all ranks reached step {step}")
+
+    def wait_until(self, condition: Callable[[], bool], generation: int, timeout_s: float, otherwise: str) -> None:
+        """Look at memory that others write. Raises `StaleGeneration` when a recovery begins, `TimeoutError` at the deadline."""
         began = time.monotonic()
-        while not self.link.board.all_reached(word, generation, step):
+        while not condition():
             if self.link.announced != generation:
                 raise StaleGeneration(f"generation {generation} is over, {self.link.announced} has begun")
             waited = time.monotonic() - began
             if waited > timeout_s:
-                raise TimeoutError(f"not all ranks reached step {step} within {timeout_s:g} s")
+                raise TimeoutError(f"{otherwise} within {timeout_s:g} s")
             time.sleep(min(0.004, 0.05 * waited))  # looks often at first, then costs next to nothing while a slow rank computes
 
     def reached(self, word: int, rank: int, generation: int, step: int) -> bool:

@@ -112,6 +112,13 @@ def _one_kind(report: Report, base: Path, model: str, kind: str, count: int, res
     report.check(Check(f"{model}, {_WHAT[kind]}: times faster than NeMo's own (medians)", ratio, _RATIO, at_least=True))
 
 
+def _lines_for_us() -> int:
+    """What a user would have to write."""
+    recipe = ROOT / "recipes" / "nemo_asr"
+    files = [recipe / "speech_to_text_ctc.py", *(recipe / "config").glob("*.yaml")]
+    return sum("gemini" in line.lower() for file in files for line in file.read_text().splitlines())
+
+
 def measure(quick: bool) -> Report:
     """Run it."""
     report = Report("nemo", "NeMo's speech recipe: from a fault to the next completed step", quick)
@@ -123,8 +130,7 @@ def measure(quick: bool) -> Report:
         for model in ["quartznet"] if quick else ["quartznet", "conformer_ctc"]:
             for kind in ("kill", "raise"):
                 _one_kind(report, base, model, kind, count, restarted)
-    report.check(Check("lines that a user changes in the script", 0, 0))
-    report.check(Check("options on the command line: +strategy=gemini", 1, 1))
+    report.check(Check("lines of the recipe's script and YAML that name us, who are one option: +strategy=gemini", _lines_for_us(), 0))
     report.say(
         "Two ranks on one machine, one thread each, gloo; a fault strikes one rank before it begins a step, the ranks in turn; time runs "
         "from the fault's own timestamp until both ranks have completed that step. Ours: one warm spare was ready. NeMo's own: a "

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -15,6 +16,8 @@ from tests.storage.helpers import Node, nodes
 from tests.storage.lightning import Net, State, left, resumed, same
 
 STEP = 3
+BATCH = STEP if not pl.__version__.startswith("2.4.") else STEP - 1
+"""Where plain Lightning goes on after step 3; 2.4 does the last batch of a checkpoint in mid-epoch again, also of its own."""
 
 
 def persisted(url: Path, made: list[Node]) -> Path:
@@ -39,7 +42,7 @@ def test_a_sharded_job_goes_on_from_it(checkpoint: tuple[str, Path, State]) -> N
     for size in (1, 2, 4):
         found = resumed("fsdp2", size, path)
         same(found.state, state)
-        assert (found.step, found.batch) == (STEP, STEP)
+        assert (found.step, found.batch) == (STEP, BATCH)
         assert found.sum == 1.5 * 5, "callbacks' state goes on"
 
 
@@ -54,7 +57,7 @@ def test_a_plain_file_of_it_is_loaded_everywhere(checkpoint: tuple[str, Path, St
         subprocess.run(command, check=True, timeout=60)
     found = resumed("ddp", 1, file)
     same(found.state, state)
-    assert (found.step, found.batch) == (STEP, STEP)
+    assert (found.step, found.batch) == (STEP, BATCH)
     same(resumed("fsdp2", 2, file).state, state)
     model = Net.load_from_checkpoint(file)
     assert model.hparams.width == 10

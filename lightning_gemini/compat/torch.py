@@ -118,3 +118,13 @@ def shared_memory(tensor: torch.Tensor) -> tuple[int, int] | None:
         return None
     fd, size = storage._share_fd_cpu_()
     return int(fd), int(size)
+
+
+def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """A module's own buffers, live: those that are None too, which no public iterator tells, and which cannot be registered again."""
+    return module._buffers
+
+
+def is_persistent(module: nn.Module, name: str) -> bool:
+    """Whether a buffer was registered to be in the `state_dict`."""
+    return name not in module._non_persistent_buffers_set

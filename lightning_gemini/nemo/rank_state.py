@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from megatron.core import num_microbatches_calculator
 from megatron.core.tensor_parallel import random as megatron_random
 
+from lightning_gemini.compat import megatron as compat
 from lightning_gemini.state.local import is_plain
 
 
@@ -27,7 +27,7 @@ def capture(optimizers: Iterable[Any], sampler: Any) -> dict[str, Any]:
     return {
         "trackers": {name: _state(state) for name, state in tracker.get_states().items()},
         "scalers": [optimizer.grad_scaler.state_dict() for optimizer in _scaled(optimizers)],
-        "calculator": _plain(num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR),
+        "calculator": _plain(compat.microbatches_calculator()),
         "sampler": _plain(sampler),
     }
 
@@ -39,8 +39,7 @@ def restore(state: dict[str, Any], optimizers: Iterable[Any], sampler: Any) -> N
     tracker.set_states({name: _restored(now.get(name), saved) for name, saved in state["trackers"].items()})
     for optimizer, saved in zip(_scaled(optimizers), state["scalers"], strict=True):
         optimizer.grad_scaler.load_state_dict(saved)
-    calculator = num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
-    for holder, saved in ((calculator, state["calculator"]), (sampler, state["sampler"])):
+    for holder, saved in ((compat.microbatches_calculator(), state["calculator"]), (sampler, state["sampler"])):
         if holder is not None:
             vars(holder).update(saved)
 

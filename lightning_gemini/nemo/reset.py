@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_gemini.compat import megatron as compat
+
 
 def _groups(chunks: nn.Module) -> Iterator[Any]:
     """The bucket groups of Megatron's DDP, around each chunk of the model."""
@@ -20,16 +22,16 @@ def _groups(chunks: nn.Module) -> Iterator[Any]:
             yield from getattr(wrapper, name, None) or ()
 
 
+def _gathers_late(group: Any) -> bool:
+    return bool(group.ddp_config.use_distributed_optimizer and group.ddp_config.overlap_param_gather)
+
+
 def settle(chunks: nn.Module) -> None:
     """With `overlap_param_gather`, parameters are still on their way when the optimizer has returned: wait for them, as NeMo does before it
     saves a checkpoint. What has not been asked for yet is asked for now."""
-    for chunk in chunks.children():
-        wrapper: Any = getattr(chunk, "module", None)
-        config = getattr(wrapper, "ddp_config", None)
-        if config is not None and config.use_distributed_optimizer and config.overlap_param_gather:
-            for group in (*wrapper.bucket_groups, *wrapper.expert_parallel_bucket_groups):
-                if not group.param_gather_dispatched or group.param_gather_handle is not None:
-                    group.start_param_sync(force_sync=True)
+    for group in _groups(chunks):
+        if _gathers_late(group) and (not group.param_gather_dispatched or group.param_gather_handle is not None):
+            group.start_param_sync(force_sync=True)
 
 
 def reset(chunks: nn.Module, timers: Any) -> None:
@@ -37,11 +39,9 @@ def reset(chunks: nn.Module, timers: Any) -> None:
     for group in _groups(chunks):
         group.reset()
         group.grad_reduce_handle = group.param_gather_handle = None
-        if group.ddp_config.use_distributed_optimizer and group.ddp_config.overlap_param_gather:
+        if _gathers_late(group):
             group.param_gather_dispatched = True  # the parameters were restored whole
     for parameter in chunks.parameters():
         if hasattr(parameter, "grad_added_to_main_grad"):
             parameter.grad_added_to_main_grad = False
-    for timer in getattr(timers, "_timers", {}).values():
-        if getattr(timer, "_started", False):
-            timer._started = False
+    compat.stop_timers(timers)

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_gemini.compat.torch import buffers_of, is_persistent
+
 _SCALARS = (int, float, bool, str, type(None))
 _MISSING = object()
 
@@ -33,7 +35,7 @@ class ModuleState:
             if previous
             else {id(value): _version(value) for found in self._initial.values() for value in found.values() if _is_tensor(value)}
         )
-        self._slots: dict[str, set[str]] = previous._slots if previous else {path: set(m._buffers) for path, m in modules.items()}
+        self._slots: dict[str, set[str]] = previous._slots if previous else {path: set(buffers_of(m)) for path, m in modules.items()}
         """Names of buffers at set-up, those that were None included."""
 
     def capture(self) -> dict[str, Any]:
@@ -63,17 +65,18 @@ class ModuleState:
                 self._restore_attributes(path, module, state["attributes"].get(path, {}))
 
     def _restore_buffers(self, path: str, module: nn.Module, saved: dict[str, tuple[torch.Tensor, bool]]) -> None:
+        own = buffers_of(module)
         for name, (value, persistent) in saved.items():
-            mine = module._buffers.get(name)
+            mine = own.get(name)
             if mine is not None and (mine.shape, mine.dtype) == (value.shape, value.dtype):
                 mine.copy_(value)
-            elif name in module._buffers:
-                module._buffers[name] = value
+            elif name in own:
+                own[name] = value
             else:
                 module.register_buffer(name, value, persistent=persistent)
-        for name in [name for name, mine in module._buffers.items() if mine is not None and name not in saved]:
+        for name in [name for name, mine in own.items() if mine is not None and name not in saved]:
             if name in self._slots.get(path, ()):
-                module._buffers[name] = None
+                own[name] = None
             else:
                 delattr(module, name)
 
@@ -109,5 +112,4 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _buffers(module: nn.Module) -> dict[str, tuple[torch.Tensor, bool]]:
-    transient = module._non_persistent_buffers_set
-    return {name: (value, name not in transient) for name, value in module._buffers.items() if value is not None}
+    return {name: (value, is_persistent(module, name)) for name, value in buffers_of(module).items() if value is not None}

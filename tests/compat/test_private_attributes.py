@@ -117,6 +117,8 @@ TORCH: dict[str, list[Find]] = {
     "_rebuild_buckets": [lambda t: dist.Reducer],
     "_get_fsdp_state": [lambda t: FSDPModule],
     "_share_fd_cpu_": [lambda t: torch.UntypedStorage],
+    "_buffers": [lambda t: nn.Module()],
+    "_non_persistent_buffers_set": [lambda t: nn.Module()],
     "_is_root": [lambda t: importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_state").FSDPState()],
 }
 # not underscored, but undocumented, or newer than the oldest version that we name
@@ -163,7 +165,8 @@ def touched(path: Path) -> set[str]:
 
 
 def test_every_private_name_in_compat_is_in_a_table() -> None:
-    found = set().union(*(touched(path) for path in (PACKAGE / "compat").glob("*.py")))
+    """Those of Megatron are in `tests/nemo_llm`, where it is installed."""
+    found = set().union(*(touched(path) for path in (PACKAGE / "compat").glob("*.py") if path.stem != "megatron"))
     assert found == {*LIGHTNING, *TORCH}, "compat has changed: say where the attribute must be"
 
 

@@ -72,11 +72,13 @@ def _fork(task: Task, listener: socket.socket, owner: Owner) -> int:
             os._exit(0)
     os.close(writer)
     with open(reader, "rb") as file:
-        if not select.select([file], [], [], _FORK_S)[0]:
+        told = select.select([file], [], [], _FORK_S)[0]
+        if not told:
             os.kill(child, signal.SIGKILL)
-        pid = int.from_bytes(file.read(8), "little")  # ends at the latest when nobody is left to write
-    os.waitpid(child, 0)
-    return pid
+        os.waitpid(child, 0)
+        if not told:  # it may have forked at the last moment; where it has not, nobody is left to write
+            told = select.select([file], [], [], _FORK_S)[0]
+        return int.from_bytes(file.read(8), "little") if told else 0
 
 
 def _run(task: Task, listener: socket.socket, owner: Owner) -> None:

@@ -126,12 +126,11 @@ class Supervisor:
 
     def _on_deadline(self) -> None:
         late = [m for m in self.crew.ranks().values() if m.stopped is None and not m.fresh]
-        if not late and not self.node.persisting.known:
-            self.node.end(
-                1, f"persistent.url did not answer within recovery.regroup_timeout_s={self.node.config.recovery.regroup_timeout_s:g}"
-            )
-        elif not late:
-            self.node.end(1, f"no spare became ready within recovery.regroup_timeout_s={self.node.config.recovery.regroup_timeout_s:g}")
+        if not late:
+            config = self.node.config
+            url = f"persistent.url={config.persistent.url!r} did not answer"
+            what = "no spare became ready" if self.node.persisting.known else url
+            self.node.end(1, f"{what} within recovery.regroup_timeout_s={config.recovery.regroup_timeout_s:g}")
         for member in late:
             self.node.say(f"{member.name} did not stand still within recovery.regroup_timeout_s: replaced")
             member.child.kill()

@@ -125,16 +125,15 @@ class Stepping(GeminiBase):
     def _step(self, attempt: Callable[[], Any], result_of: Callable[[Any], Any], closure: Any) -> Any:
         engine = self.engine
         assert engine is not None
+        run = engine.run
         if self.landing is not None:
-            boundary = self._land()
+            boundary, run = self._land(), engine.repeat
             if boundary.kind is Kind.EXIT:
                 out, result = boundary.result
                 compat.set_closure_result(closure, result)
                 return out
-            with self.inputs.step():
-                return engine.repeat(attempt, result_of)
         with self.inputs.step():
-            return engine.run(attempt, result_of)
+            return run(attempt, result_of)
 
     def _begin_backward(self) -> None:
         """Hook for DDP's record of the order of gradients."""

@@ -93,6 +93,5 @@ def _give(store: PeerStore, giver: int, rank: int, entries: dict[str, Entry]) ->
         if not question:
             return
         name, start = msgspec.msgpack.decode(question, type=tuple[str, int])
-        tensor = entries[name].tensor
-        flat = as_bytes(tensor if tensor.is_contiguous() else tensor.contiguous())
+        flat = as_bytes(entries[name].tensor.contiguous())
         store.set(given, flat[start : start + _CHUNK].cpu().numpy().tobytes())

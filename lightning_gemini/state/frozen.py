@@ -130,7 +130,7 @@ class Frozen:
 
 def digest(tensor: torch.Tensor) -> int:
     """xxh3, 64 bits, of a tensor's bytes."""
-    flat, hasher = _flat(tensor), xxhash.xxh3_64()
+    flat, hasher = as_bytes(tensor.contiguous()), xxhash.xxh3_64()
     for start in range(0, flat.numel(), _CHUNK):
         hasher.update(flat[start : start + _CHUNK].cpu().numpy().data)
     return hasher.intdigest()
@@ -155,7 +155,3 @@ def _window(entry: Entry) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8, device=entry.tensor.device)
     middle = bytes_of(entry) // 2
     return as_bytes(entry.tensor)[max(0, middle - _WINDOW // 2) : middle + _WINDOW // 2]
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    return as_bytes(tensor if tensor.is_contiguous() else tensor.contiguous())

@@ -163,7 +163,7 @@ def test_the_decision_is_pure() -> None:
 
 @pytest.mark.parametrize("module", inside("compat"))
 def test_compat_knows_only_its_hosts(module: str) -> None:
-    hosts = {"lightning", "torch"}
+    hosts = {"megatron"} if module == f"{NAME}.compat.megatron" else {"lightning", "torch"}
     assert {top(name) for name in imports(module)} - set(sys.stdlib_module_names) <= hosts
 
 
@@ -179,10 +179,10 @@ def test_only_declared_dependencies() -> None:
     declared |= {"etcd3gw"}  # the extra `etcd`, imported when rendezvous.etcd is set
     declared |= {"cryptography"}  # the extra `encryption`, imported when mapped_data.encryption is set
     declared |= {"pyarrow", "tokenizers"}  # the extra `data`, imported by the data modules that need them
-    megatron = {"nemo", "megatron"}  # the extra `nemo-llm`, in `nemo` only, which is imported when its strategy is asked for
+    megatron = {"nemo", "megatron"}  # the extra `nemo-llm`, in these only, which are imported when its strategy is asked for
     for module in sorted(MODULES):
         others = {top(name) for name in imports(module)} - set(sys.stdlib_module_names) - {NAME}
-        others -= megatron if module.startswith(f"{NAME}.nemo.") else set()
+        others -= megatron if module.startswith((f"{NAME}.nemo.", f"{NAME}.compat.megatron")) else set()
         assert others <= declared, f"{module} imports {others - declared}"
 
 

@@ -52,6 +52,7 @@ test: lint
 	$(BIN)/python -m pytest -q
 
 test-nemo: $(NEMO_STAMP)
+	$(NEMO_BIN)/python -c 'import nemo.collections.asr.models'  # tests skip without it, and nothing would be left to fail
 	$(NEMO_BIN)/python -m pytest -q tests/nemo
 
 $(NEMO_LLM_STAMP): pyproject.toml constraints-nemo-llm.txt
@@ -61,6 +62,7 @@ $(NEMO_LLM_STAMP): pyproject.toml constraints-nemo-llm.txt
 	touch $@
 
 test-nemo-llm: $(NEMO_LLM_STAMP)
+	$(NEMO_LLM_BIN)/python -c 'import nemo.collections.llm'
 	$(NEMO_LLM_BIN)/python -m pytest -q tests/nemo_llm
 
 demo-nemo: $(NEMO_STAMP)

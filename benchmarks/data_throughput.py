@@ -92,8 +92,11 @@ class Feeders:
     def __init__(self, owner: int) -> None:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
-        self.owner = Owner(owner, started=lambda pid: os.write(self._writer, pid.to_bytes(8, "little")) and None)
+        self.owner = Owner(owner, started=self._note)
         self._pids: list[int] = []
+
+    def _note(self, pid: int) -> None:
+        os.write(self._writer, pid.to_bytes(8, "little"))
 
     def pids(self) -> list[int]:
         """All that were ever started."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lm_resiliency.checkpointing import config, manager  # type: ignore[import-not-found]  # not in the project's environment
+from lm_resiliency.checkpointing import config, manager
 
 _PIECES = 24
 _MIB = 1 << 20

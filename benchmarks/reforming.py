@@ -95,7 +95,7 @@ def _be_a_rank(sock: socket.socket, job: str, size: int) -> None:
     world.join(Roster.on_one_node(job, size), control.rank)
     group.register(lambda: world)
     world.mode = Mode.STAND_IN  # nobody need be there while the objects are made
-    dist.init_process_group("gemini", store=dist.HashStore(), rank=control.rank, world_size=size)
+    dist.init_process_group("gemini", store=dist.HashStore(), rank=control.rank, world_size=size)  # type: ignore[attr-defined]
     keep_groups_swappable()
     others = dist.new_group([rank for rank in range(size) if rank != 1])
     mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("rows", "columns"))

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from benchmarks.common import Check, Report, Spread, main, number, progress
 from lightning_gemini.peers import bruck
@@ -35,22 +36,23 @@ _SIDES = ("TCPStore", "peers, TCP", "peers, unix")
 _LIMITS = {16: 1.0, 32: 1.0, 64: 1.0}
 _ALONE = "GEMINI_BENCH_ALONE"
 _DEADLINE = timedelta(seconds=120)
+TCPStore = dist.TCPStore  # type: ignore[attr-defined]
 
 
-class CountingStore(dist.Store):
+class CountingStore(Store):
     """A TCPStore's client that counts what gloo asks of the server."""
 
-    def __init__(self, inner: dist.Store) -> None:
+    def __init__(self, inner: Store) -> None:
         super().__init__()
         self.inner, self.count = inner, 0
 
     def set(self, key: str, value: Any) -> None:
         self.count += 1
-        self.inner.set(key, value if isinstance(value, str) else bytes(value))
+        self.inner.set(key, value if isinstance(value, str) else bytes(value))  # type: ignore[arg-type]
 
     def get(self, key: str) -> bytes:
         self.count += 1
-        return self.inner.get(key)
+        return bytes(self.inner.get(key))
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         self.count += 1
@@ -62,10 +64,10 @@ def _prepare(side: str, rank: int, size: int, job: str) -> Callable[[], tuple[An
     torch.set_num_threads(1)
     if side == "TCPStore":
         port = int(job)
-        server = dist.TCPStore("127.0.0.1", port, size, True, _DEADLINE, wait_for_workers=False) if rank == 0 else None
+        server = TCPStore("127.0.0.1", port, size, True, _DEADLINE, wait_for_workers=False) if rank == 0 else None
 
         def connect() -> tuple[Any, Callable[[], tuple[int, int]]]:
-            store = server or dist.TCPStore("127.0.0.1", port, size, False, _DEADLINE, wait_for_workers=False)
+            store = server or TCPStore("127.0.0.1", port, size, False, _DEADLINE, wait_for_workers=False)
             counting = CountingStore(store) if os.environ.get("GEMINI_BENCH_COUNT") else None
             return counting or store, lambda: (1, counting.count if counting else 0)
 

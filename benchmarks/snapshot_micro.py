@@ -22,8 +22,8 @@ import torch
 import xxhash
 
 from lightning_gemini.agent.memory import Board, create_files
-from lightning_gemini.config import SnapshotConfig
-from lightning_gemini.recovery.memory import Memory, expected_size
+from lightning_gemini.config import PersistentConfig, SnapshotConfig
+from lightning_gemini.recovery.memory import Memory
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.state.catalogue import Entry
 from lightning_gemini.state.ownership import Layout
@@ -70,8 +70,10 @@ def _memory(tensors: list[torch.Tensor]) -> Memory:
     entries = [Entry(f"param/{i}", tensor, (0,), "r0", tuple(tensor.shape), (0,)) for i, tensor in enumerate(tensors)]
     files = create_files(1)
     link = SimpleNamespace(rank=0, world=1, files=files, board=Board(files.board, 1), place=lambda rank: rank, voted=lambda: None)
-    memory = Memory(cast(Link, link), SnapshotConfig(), Layout(0, 1, 1, 1), lambda: entries, list, replicated=False)
-    memory.allocate(expected_size(memory.owned(), entries, [], memory.chunk), 0)
+    memory = Memory(
+        cast(Link, link), SnapshotConfig(), Layout(0, 1, 1, 1), lambda: entries, list, replicated=False, persistent=PersistentConfig()
+    )
+    memory.allocate(memory.expected_size(), 0)
     return memory
 
 

@@ -70,10 +70,10 @@ def trainer(strategy: Any, trainer_: pl.Trainer) -> None:
     """Trainer settings that cannot be repeated in place, and options of ours that leave nothing to recover from."""
     for sentence in versions.untested():
         rank_zero_warn(sentence)
-    if not strategy.replicated and not strategy.config.snapshot.every_n_steps and not strategy.config.persistent.url:
+    if not strategy.has_donors() and not strategy.config.snapshot.every_n_steps and not strategy.config.persistent.url:
         raise ValueError(
-            f"snapshot.every_n_steps=0 with {strategy.strategy_name} leaves nothing to recover from: nobody else holds a rank's shards; "
-            "give a cadence of 1 or more, or a persistent.url"
+            f"snapshot.every_n_steps=0 with {strategy.strategy_name} leaves nothing to recover from: a rank's shards are in no other rank "
+            "of its node; give a cadence of 1 or more, or a persistent.url"
         )
     if not strategy.replicated and trainer_.accumulate_grad_batches > 1:
         raise ValueError(

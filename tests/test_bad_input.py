@@ -110,9 +110,9 @@ def test_a_program_without_a_file() -> None:
 
 def test_not_enough_memory(tmp_path: Path) -> None:
     def small() -> Any:
-        from lightning_gemini.recovery import memory
+        from lightning_gemini.recovery import room
 
-        memory.available_memory = lambda: 1 << 20  # type: ignore[assignment]
+        room.available_memory = lambda: 1 << 20  # type: ignore[assignment]
         return GeminiStrategy()
 
     refused(tmp_path, "two snapshot slots", "MiB of memory are available", strategy=small)

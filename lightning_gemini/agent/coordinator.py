@@ -234,7 +234,7 @@ class Coordinator:
         elif len(ranks) < self.ranks_per_node or any(member.stopped is None and not member.fresh for member in ranks.values()):
             return
         else:
-            found = {rank: inventory_of(self.place(rank), member, self.files, self.board) for rank, member in ranks.items()}
+            found = {rank: inventory_of(self.place(rank), member, self.files, self.board, self.first) for rank, member in ranks.items()}
         recovery.inventory = found
         recovery.stopped_ns = time.monotonic_ns()
         self.membership.report(
@@ -242,7 +242,6 @@ class Coordinator:
                 number=self.number,
                 index=self.index,
                 ranks=found,
-                replicated=self.replicated,
                 replicas=self.others.replicas() if self.others else {},
                 persisted=self.persisting.newest[0],
                 persisted_path=self.persisting.newest[1],

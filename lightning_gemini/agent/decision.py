@@ -17,7 +17,6 @@ def decide(generation: Generation, reports: Mapping[int, NodeReport]) -> Recover
     try:
         return plan(
             ranks,
-            replicated=all(report.replicated for report in reports.values()),
             ranks_per_node=len(ranks) // len(reports),
             replicas={index: report.replicas for index, report in reports.items()},
             lost=max(report.lost_step for report in reports.values()),

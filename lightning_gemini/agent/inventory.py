@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from lightning_gemini.agent.member import Member
-from lightning_gemini.agent.memory import BOUNDARY, Board, NodeFiles, step_of
+from lightning_gemini.agent.memory import BOUNDARY, DONORS, Board, NodeFiles, places_of, step_of
 from lightning_gemini.recovery.plan import RankInventory
 from lightning_gemini.snapshot.collective_log import CollectiveLog
 from lightning_gemini.snapshot.manifest import manifest_of
 from lightning_gemini.snapshot.slots import SlotFile
 
 
-def inventory_of(place: int, member: Member, files: NodeFiles, board: Board) -> RankInventory:
-    """Of the rank with number `place` on this node, whose process is `member`."""
+def inventory_of(place: int, member: Member, files: NodeFiles, board: Board, first: int) -> RankInventory:
+    """Of the rank with number `place` on this node, whose process is `member`; `first`: this node's first rank."""
     ledger, arena, log = SlotFile(files.ledgers[place]), SlotFile(files.arenas[place]), CollectiveLog(files.logs[place])
     try:
         stopped = member.stopped
@@ -29,6 +29,7 @@ def inventory_of(place: int, member: Member, files: NodeFiles, board: Board) -> 
             local=local,
             tensors=tensors,
             keys={slot.step: manifest_of(arena, slot)[0].key for slot in arena.slots()},
+            donors=frozenset(first + other for other in places_of(board.get(place, DONORS))),
             counters=stopped.counters if alive and stopped else log.counters(),
         )
     finally:

@@ -9,21 +9,23 @@ The job's row has the minimum of each word over all ranks of all nodes. On one n
 
 Words are aligned 64-bit values written by one owner and read by all; on the supported platforms such a store is atomic and
 stores are seen in order. A word that carries a step carries the generation beside it, so that a word from before a recovery never
-counts after it.
+counts after it. `DONORS` has a bit for each rank of the node that holds, live, all that this rank holds.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterable
 
-WORDS_PER_RANK = 8
-HEARTBEAT_NS, BOUNDARY, TENSORS, FAULT_NS, FAULTS_FIRED, END_AT, GATE, REPLICATED = range(8)
+WORDS_PER_RANK = 9
+HEARTBEAT_NS, BOUNDARY, TENSORS, FAULT_NS, FAULTS_FIRED, END_AT, GATE, REPLICATED, DONORS = range(WORDS_PER_RANK)
 REPLICATED_AT_GATE = FAULT_NS
 """In the job's row: `REPLICATED` as it was when the last rank reached `GATE`, equal on all nodes: what all ranks may decide by."""
 HOLD = HEARTBEAT_NS
 """In the job's row: not 0 while a snapshot in this node's memory is copied for persistent storage, and must not be overwritten."""
 
+_PLACES = 64
 _STEP_BITS = 40
 ALWAYS = (1 << (_STEP_BITS - 1)) - 1
 """A step that is never reached: the word of what is done for all steps."""
@@ -37,6 +39,16 @@ def tag(generation: int, step: int) -> int:
 def step_of(word: int) -> int:
     """The step in a word, -1 if none was ever written."""
     return (word & ((1 << _STEP_BITS) - 1)) - 1
+
+
+def pack_places(places: Iterable[int]) -> int:
+    """Ranks of a node in one word; those beyond the 64th are left out."""
+    return sum(1 << place for place in {*places} if place < _PLACES)
+
+
+def places_of(word: int) -> list[int]:
+    """Inverse of `pack_places`."""
+    return [place for place in range(_PLACES) if word >> place & 1]
 
 
 def reached(word: int, generation: int, step: int) -> bool:

@@ -97,8 +97,12 @@ class GeminiBase:
         """Inverse of `rank_state`."""
 
     def unsynchronized(self) -> set[int]:
-        """See `recovery.engine.Host`; only DDP has some."""
+        """Ids of parameters that train, but each rank for itself, although all others are replicated; only DDP has some."""
         return set()
+
+    def has_donors(self) -> bool:
+        """Whether each rank's whole state is live in another rank of its node too, once the optimizers have made theirs."""
+        return self.replicated
 
     def layout(self) -> Layout:
         """Where this rank is among nodes and ranks."""

@@ -37,6 +37,7 @@ from lightning_gemini.peers.roster import Roster
 from lightning_gemini.recovery.engine import Engine, announcement_s, patience_s
 from lightning_gemini.recovery.landing import Landing
 from lightning_gemini.recovery.memory import Memory
+from lightning_gemini.recovery.room import of_node
 from lightning_gemini.rendezvous import group
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.rendezvous.world import Mode, World
@@ -218,7 +219,7 @@ class Joining(Stepping):
         self.world.stand_still = self.engine.stand_still
         begins = self.landing is None or self.landing.first
         if begins and self.config.telemetry.banner and self.world.rank == 0:
-            banner.show(self.config, layout, memory.node_need(need), self.replicated)
+            banner.show(self.config, layout, of_node(need, memory.owned(), layout), self.has_donors())
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """As Lightning's; the one before the loops start is where a replaced rank finds its place."""

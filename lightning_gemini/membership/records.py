@@ -59,8 +59,6 @@ class NodeReport(msgspec.Struct, kw_only=True):
     number: int
     index: int
     ranks: dict[int, RankInventory]
-    replicated: bool = True
-    """Every live rank holds a copy of all tensors (DDP)."""
     replicas: dict[int, dict[int, str]] = msgspec.field(default_factory=dict)
     """Rank of another node -> steps of which this node keeps a verified replica -> key of the twins (see `snapshot.manifest`)."""
     persisted: int = -1

@@ -124,6 +124,13 @@ class Parallel:
         """
         return _holders(self, rank, expert, tp_replicated, sharded)
 
+    def replicas(self, rank: int, *, sharded: bool) -> tuple[int, ...]:
+        """Ranks that hold all that `rank` holds, itself among them: parameters, and optimizer state that is `sharded` or not."""
+        kinds = [self.holders(rank, sharded=sharded)]
+        if self.ep > 1 or self.expert_tp != self.tp:
+            kinds.append(self.holders(rank, expert=True, sharded=sharded))
+        return tuple(sorted(set.intersection(*map(set, kinds))))
+
 
 @functools.lru_cache(maxsize=1024)
 def _holders(parallel: Parallel, rank: int, expert: bool, tp_replicated: bool, sharded: bool) -> tuple[int, ...]:

@@ -121,9 +121,18 @@ class GeminiMegatronStrategy(Joining, MegatronStrategy):  # type: ignore[misc]
     # ---- what the state is
 
     @property
+    def _distributed(self) -> bool:
+        return bool(getattr(self.ddp_config, "use_distributed_optimizer", False))
+
+    @property
     def _tensors(self) -> Tensors:
-        sharded = bool(getattr(self.ddp_config, "use_distributed_optimizer", False))
-        return Tensors(self.parallel, self.world.rank, distributed=sharded)
+        return Tensors(self.parallel, self.world.rank, distributed=self._distributed)
+
+    def has_donors(self) -> bool:
+        """Where data (and context) parallel ranks are on one node, and the optimizer's state is not sharded over all of them."""
+        parallel, per_node = self.parallel, self.num_processes
+        groups = (parallel.replicas(rank, sharded=self._distributed) for rank in range(parallel.world))
+        return all(sum(other // per_node == rank // per_node for other in group) > 1 for rank, group in enumerate(groups))
 
     def catalogue(self, optimizers: list[torch.optim.Optimizer]) -> list[Entry]:
         """See `nemo.tensors`."""

@@ -7,8 +7,8 @@ A step s, from inside the Strategy's hook:
     gate      before the first write: no error so far, and *every* rank's tensors of the newest snapshot are committed. From here the live
               tensors are no source any more.
     write     the optimizer.
-    leave     commit the rank-local state of s + 1 (kind EXIT), tensors now (sharded) or in the background (replicated), and wait until
-              *every* rank has committed the boundary. So no rank is ever ahead of the step that all can return to.
+    leave     commit the rank-local state of s + 1 (kind EXIT), tensors now, or in the background where a rank of the same node holds
+              them too, and wait until *every* rank has committed the boundary. So no rank is ever ahead of the step that all can return to.
 
 A fault anywhere in there: stop, tell the agent where we stand, get the plan, put state back to the boundary where needed, join the new
 generation, repeat the attempt. Between steps (`Mode.BETWEEN`) a failed collective calls `stand_still`, which does the same without any
@@ -49,12 +49,6 @@ it may take as long as a node's registration lasts, and longer."""
 
 class Host(Protocol):
     """What the engine needs of the strategy."""
-
-    replicated: bool
-
-    def unsynchronized(self) -> set[int]:
-        """Ids of parameters that train, but each rank for itself, although all others are replicated."""
-        ...
 
     def give_up(self, error: BaseException) -> None:
         """Have the job end with this error."""
@@ -110,8 +104,9 @@ class Engine:
         self.host.before_step()
         self.memory.begin()
         self.commit(Kind.START, step)
+        mine = self.memory.prepare(step)
         if self._tensors_due(step):
-            self.memory.commit_tensors(step, self._embedded())
+            self.memory.commit_tensors(step, self._embedded(), mine)
         self._committed = step
         self.memory.publish(self.world.generation, step)
 
@@ -217,14 +212,15 @@ class Engine:
         self.world.mode = Mode.BETWEEN
         new = self.step + 1
         due = self._tensors_due(new) and self._may_capture()
-        background = self.config.snapshot.background and not self.host.unsynchronized() and self.memory.may_drain
         self.commit(Kind.EXIT, new, result)
+        mine = self.memory.prepare(new)
+        background = self.memory.may_drain(mine)
         if due and not background:
-            self.memory.commit_tensors(new, self._embedded())
+            self.memory.commit_tensors(new, self._embedded(), mine)
         self._committed = new
         self.memory.publish(self.world.generation, new)
         if due and background:
-            self.memory.drain(new, self.world.generation, self._embedded())
+            self.memory.drain(new, self.world.generation, self._embedded(), mine)
         self.memory.wait_all(BOUNDARY, self.world.generation, new, self.config.recovery.collective_timeout_s)
         self._done(new)
 
@@ -355,10 +351,9 @@ class Engine:
 
     def _await_shards(self, plan: Plan) -> None:
         """Until the others, who have not written yet, have captured what this rank shall go back to, where nobody had a snapshot of it."""
-        timeout_s, target = self.config.recovery.regroup_timeout_s, plan.target
-        if self.host.replicated:
-            what = f"the shards of step {target} did not arrive"
-            self.memory.wait_until(lambda: self.memory.all_have(target), plan.generation, timeout_s, what)
+        target, sharers, what = plan.target, self.memory.sharers(), f"the shards of step {plan.target} did not arrive"
+        timeout_s = self.config.recovery.regroup_timeout_s
+        self.memory.wait_until(lambda: all(self.memory.has(rank, target) for rank in sharers), plan.generation, timeout_s, what)
 
     def join(self, plan: Plan, lacking: list[Entry] | None = None) -> None:
         """Enter the generation of a plan: words, results to replay, groups. `lacking`: of a replaced rank, see `recovery.base`."""

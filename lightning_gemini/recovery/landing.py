@@ -113,9 +113,9 @@ class Landing:
     def _await_sources(self, engine: Engine, plan: Plan) -> None:
         """Until the own shard is there (a donor may be writing it) and all living owners have theirs."""
         memory, number, target = engine.memory, plan.generation, plan.target
-        here = [rank for rank in range(self.link.world) if self.link.is_here(rank)]
-        others = [rank for rank in here if rank not in plan.replaced] if engine.host.replicated and not plan.rewind else []
-        mine = [rank for rank in here if rank in plan.replaced] if engine.host.replicated else [memory.rank]
+        sharers = memory.sharers()
+        others = [rank for rank in sharers if rank not in plan.replaced and not plan.rewind]
+        mine = [rank for rank in sharers if rank in plan.replaced]
 
         def arrived() -> bool:
             donated = all(memory.has(rank, target) for rank in mine)

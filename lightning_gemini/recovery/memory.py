@@ -17,10 +17,22 @@ from collections.abc import Callable
 
 import torch
 
-from lightning_gemini.agent.memory import ALWAYS, BOUNDARY, GATE, HOLD, REPLICATED, REPLICATED_AT_GATE, TENSORS, reached, tag
+from lightning_gemini.agent.memory import (
+    ALWAYS,
+    BOUNDARY,
+    DONORS,
+    GATE,
+    HOLD,
+    REPLICATED,
+    REPLICATED_AT_GATE,
+    TENSORS,
+    pack_places,
+    reached,
+    tag,
+)
 from lightning_gemini.config import PersistentConfig, SnapshotConfig
-from lightning_gemini.memory_size import available_memory
 from lightning_gemini.peers.errors import StaleGeneration
+from lightning_gemini.recovery import room
 from lightning_gemini.rendezvous.link import Link
 from lightning_gemini.snapshot import arena, blocks
 from lightning_gemini.snapshot.collective_log import CollectiveLog
@@ -29,7 +41,7 @@ from lightning_gemini.snapshot.manifest import Segment, manifest_of
 from lightning_gemini.snapshot.slots import CorruptSnapshot, Slot, SlotFile
 from lightning_gemini.state.catalogue import Entry, copy_in, holders_of, parameters_of, require_same, require_whole, target_of, wanted
 from lightning_gemini.state.frozen import Frozen
-from lightning_gemini.state.ownership import Layout, Owned, owned
+from lightning_gemini.state.ownership import Layout, Owned, owned, sharers
 
 _MIB = 1 << 20
 _COPY_S = 600.0
@@ -82,7 +94,7 @@ class Memory:
         self.arena.close()
         self.arena = SlotFile(self.link.files.arenas[self.place])
         if not self.arena.capacity:
-            self._require(self.node_need(expected))
+            room.require(room.of_node(expected, self.owned(), self.layout), self.layout)
             self.arena.allocate(expected, touch=self.config.every_n_steps > 0)
         pin(self.arena.memory, self._device)
         if not self.ledger.capacity:
@@ -90,30 +102,10 @@ class Memory:
         if not self.log.allocated:
             self.log.allocate(self.config.collective_log_mib * _MIB)
 
-    def _require(self, need: int) -> None:
-        available = available_memory()  # all ranks of the node ask at the same time
-        if need > available:
-            raise MemoryError(
-                f"two snapshot slots for each of {self.layout.per_node} ranks, and for what peers send, need {need / _MIB:.0f} MiB, "
-                f"{available / _MIB:.0f} MiB of memory are available: "
-                "use fewer ranks per node, a smaller model, or a node with more memory"
-            )
-
     def expected_size(self) -> int:
-        """Bytes of the largest slot, before the optimizers have made their state: what they hold, or two more copies of what they train."""
-        entries = self.entries()
-        largest = self.owned(self.persistent.every_n_steps)
-        sure = sum(part.length for part, _ in largest.parts)
-        trained = sum(part.length for part, _ in self.owned().parts if part.name.startswith("param/"))
-        grown = 0 if any(optimizer.state for optimizer in self._optimizers()) else 2 * trained
-        return blocks.size_of_slot(sure + grown + 320 * len(entries) * 3 + (1 << 16) + 2 * self.chunk, 0, self.chunk)
-
-    def node_need(self, expected: int) -> int:
-        """Bytes of snapshot memory of a whole node: two slots of each of its ranks, and two for each replica that it keeps of others."""
-        mine, layout = self.owned(), self.layout
-        sizes = [part.length for part, _ in mine.parts]
-        travelling = sum(sizes[: mine.travelling]) / max(1, sum(sizes)) if layout.nodes > 1 else 0.0
-        return int(2 * expected * layout.per_node * (1 + travelling * (layout.copies - 1)))
+        """Bytes of the largest slot."""
+        made = any(optimizer.state for optimizer in self._optimizers())
+        return room.of_slot(self.owned(self.persistent.every_n_steps), self.owned(), len(self.entries()), made, self.chunk)
 
     @property
     def capturing(self) -> int:
@@ -160,6 +152,12 @@ class Memory:
         """What this rank keeps of `step`."""
         return owned(self._state(step), self.layout)
 
+    def prepare(self, step: int) -> Owned:
+        """What this rank will keep of the boundary `step`, which it has reached; says who can write that in its place."""
+        mine = self.owned(step)
+        self.link.board.set(self.place, DONORS, pack_places(self.link.place(rank) for rank in mine.donors))
+        return mine
+
     def _state(self, step: int) -> list[Entry]:
         """What the snapshot of `step` has: what a step may change; all, where it is persisted, because a checkpoint is a whole model."""
         return self.entries() if self.persistent.due(step) else self.frozen.state(self.entries())
@@ -174,12 +172,12 @@ class Memory:
             self.frozen.review(self.entries())
         return self.frozen.record
 
-    def commit_tensors(self, step: int, local: bytes = b"") -> None:
-        """Copy the owned tensors now.
+    def commit_tensors(self, step: int, local: bytes = b"", mine: Owned | None = None) -> None:
+        """Copy the owned tensors now. `mine`: as `prepare` has told them.
 
         On several nodes a step that is captured again takes its own slot: the older one may be all that other nodes can go back to.
         """
-        mine = self.owned(step)
+        mine = mine or self.prepare(step)
         self._grow(arena.payload_size(mine, self.chunk, local))
         instead_of = None if self.link.board.alone else step
         arena.capture(self.arena, step, mine, chunk=self.chunk, local=local, instead_of=instead_of)
@@ -203,14 +201,13 @@ class Memory:
                     file.invalidate(slot)
         self.captured = min(self.captured, step)
 
-    @property
-    def may_drain(self) -> bool:
-        """Whether tensors may be copied in the background: others have them too, and whoever writes to them is noticed."""
-        return self.replicated and not self.frozen.watched
+    def may_drain(self, mine: Owned) -> bool:
+        """Whether tensors may be copied in the background: a live rank of the node has them too, and whoever writes to them is noticed."""
+        return self.config.background and bool(mine.donors) and not self.frozen.watched
 
-    def drain(self, step: int, generation: int, local: bytes = b"") -> None:
+    def drain(self, step: int, generation: int, local: bytes = b"", mine: Owned | None = None) -> None:
         """Copy the owned tensors in the background; nothing writes to them before `settle`."""
-        mine = self.owned(step)
+        mine = mine or self.prepare(step)
         self._grow(arena.payload_size(mine, self.chunk, local))
         expected = self._versions = arena.versions(mine.tensors)
 
@@ -286,9 +283,9 @@ class Memory:
         finally:
             file.close()
 
-    def all_have(self, step: int) -> bool:
-        """Whether the arenas of all ranks of this node have the tensors of `step`."""
-        return all(self.has(rank, step) for rank in range(self.rank - self.place, self.rank - self.place + self.layout.per_node))
+    def sharers(self) -> list[int]:
+        """Ranks of this node from whose arenas the state of this rank is restored."""
+        return sharers(self.entries(), self.layout)
 
     def clear_log(self) -> None:
         """Everybody goes back: results of collectives that will be run again must not be replayed."""
@@ -304,8 +301,8 @@ class Memory:
         """
         entries = {entry.name: entry for entry in self.entries()}
         live = {name: entry.tensor for name, entry in entries.items()}
-        alone = all(entry.holders == (self.rank,) for entry in entries.values())
-        files = {place: SlotFile(fd) for place, fd in enumerate(self.link.files.arenas) if not alone or place == self.place}
+        places = map(self.link.place, self.sharers())
+        files = {place: SlotFile(self.link.files.arenas[place]) for place in places}
         restored: Counter[str] = Counter()
 
         def put(segment: Segment, data: torch.Tensor) -> None:

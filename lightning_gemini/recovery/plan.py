@@ -58,6 +58,9 @@ class RankInventory:
     """Step -> key of its twins, of what is in its arena."""
     counters: Mapping[str, int] = field(default_factory=dict)
     """Collectives completed outside steps, by group."""
+    donors: frozenset[int] = frozenset()
+    """Ranks of its node whose live tensors are, or include, all of its state (DDP: all; FSDP2: none): while they have not written, each of
+    them can stand in for a snapshot."""
 
     @property
     def lost(self) -> bool:
@@ -89,8 +92,6 @@ class Inventory:
     """What the whole job has."""
 
     ranks: Mapping[int, RankInventory]
-    replicated: bool
-    """Every live rank holds a copy of all tensors (DDP); False when each shard has one holder (FSDP2)."""
     ranks_per_node: int
     replicas: Replicas
     persisted: tuple[int, str]
@@ -122,7 +123,6 @@ class Inventory:
 def plan(
     ranks: Mapping[int, RankInventory],
     *,
-    replicated: bool,
     ranks_per_node: int = 0,
     replicas: Replicas | None = None,
     persisted: tuple[int, str] = (-1, ""),
@@ -139,7 +139,7 @@ def plan(
     """
     if not ranks:
         raise ValueError("ranks={} is not valid: give the inventory of every rank of the world")
-    job = Inventory(ranks, replicated, ranks_per_node or len(ranks), replicas or {}, persisted)
+    job = Inventory(ranks, ranks_per_node or len(ranks), replicas or {}, persisted)
     gone = [rank for rank, inventory in ranks.items() if inventory.lost]
     known = [inventory.boundary for inventory in ranks.values() if not inventory.lost]
     newest = min(known, default=-1)
@@ -168,9 +168,9 @@ def _from_memory(job: Inventory, target: int, newest: int) -> RecoveryPlan:
     fetch: dict[int, Fetch] = {}
     donors: dict[int, int] = {}
     for place, rank in enumerate(absent):
-        near = [source for source in sources if job.node(source) == job.node(rank)]
+        near = [source for source in sources if source in ranks[rank].donors]
         found = job.fetch(rank, target)
-        if job.replicated and near:
+        if near:
             donors[rank] = near[place % len(near)]
         elif found is not None:
             fetch[rank] = found

@@ -56,6 +56,8 @@ class Owned:
     """Equal for ranks whose other parts are the same."""
     twins: tuple[int, ...] = ()
     """Those ranks, this one among them."""
+    donors: tuple[int, ...] = ()
+    """Other ranks of the node that hold, live, all that this rank holds, and maybe more: each of them can write this in its place."""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -78,7 +80,17 @@ def owned(entries: list[Entry], layout: Layout) -> Owned:
         share = _share(group, layout.here(holders), layout.rank)
         (staying if layout.nodes == 1 or twins[holders] == chosen else travelling).extend(share)
     key = hashlib.blake2b(msgspec.msgpack.encode([part for part, _ in staying]), digest_size=8).hexdigest() if staying else ""
-    return Owned(travelling + staying, len(travelling), key, chosen or (layout.rank,))
+    return Owned(travelling + staying, len(travelling), key, chosen or (layout.rank,), _donors(set(twins), layout))
+
+
+def sharers(entries: list[Entry], layout: Layout) -> list[int]:
+    """Ranks of this rank's node that hold some of the same bytes, this one among them: their snapshots together have all of its state."""
+    return sorted({layout.rank, *(rank for holders in {entry.holders for entry in entries} for rank in layout.here(holders))})
+
+
+def _donors(holders: set[tuple[int, ...]], layout: Layout) -> tuple[int, ...]:
+    everything = set.intersection(*map(set, holders)) if holders else set()
+    return layout.here(tuple(sorted(everything - {layout.rank})))
 
 
 def _by_holders(entries: list[Entry]) -> dict[tuple[int, ...], list[Entry]]:

@@ -11,15 +11,15 @@ from lightning_gemini.state.ownership import Layout
 _MIB = 1 << 20
 
 
-def text(config: GeminiConfig, layout: Layout, need: int, replicated: bool, available: int) -> str:
-    """The banner's lines. `need`: bytes of snapshot memory on each node."""
-    source = "a live replica, else this node's memory" if replicated else "this node's memory"
+def text(config: GeminiConfig, layout: Layout, need: int, donors: bool, available: int) -> str:
+    """The banner's lines. `need`: bytes of snapshot memory on each node. `donors`: see `GeminiBase.has_donors`."""
+    source = "a live replica, else this node's memory" if donors else "this node's memory"
     every, several = config.snapshot.every_n_steps, layout.nodes > 1
     where = f"{layout.world} ranks on {layout.nodes} nodes" if several else f"{layout.world} ranks on this node"
     nothing = f"back to {config.persistent.url}" if config.persistent.url else "the job ends, resume from your checkpoint"
     whole, snapshots = "spares start from this node's memory", f"a snapshot every {every} step(s)"
     if not every:
-        source = f"a live replica, else {nothing}" if replicated else nothing
+        source = f"a live replica, else {nothing}" if donors else nothing
         whole, snapshots = nothing, "no snapshots in memory"
     lines = [
         f"lightning_gemini: {where}, {config.recovery.spares} warm spare(s){' each' * several}, {snapshots}",
@@ -42,9 +42,9 @@ def text(config: GeminiConfig, layout: Layout, need: int, replicated: bool, avai
     return "\n".join(lines)
 
 
-def show(config: GeminiConfig, layout: Layout, need: int, replicated: bool) -> None:
+def show(config: GeminiConfig, layout: Layout, need: int, donors: bool) -> None:
     """Print it."""
-    print(text(config, layout, need, replicated, available_memory()), file=sys.stderr, flush=True)
+    print(text(config, layout, need, donors, available_memory()), file=sys.stderr, flush=True)
 
 
 def _of_a_lost_node(config: GeminiConfig) -> str:

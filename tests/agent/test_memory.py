@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gemini.agent.memory import BOUNDARY, TENSORS, WORDS_PER_RANK, Board, NodeFiles, create_files, reached, step_of, tag
+from lightning_gemini.agent.memory import (
+    BOUNDARY,
+    TENSORS,
+    WORDS_PER_RANK,
+    Board,
+    NodeFiles,
+    create_files,
+    pack_places,
+    places_of,
+    reached,
+    step_of,
+    tag,
+)
 
 generations = st.integers(0, (1 << 24) - 1)
 steps = st.integers(0, (1 << 40) - 2)
@@ -32,6 +44,11 @@ def test_a_word_that_was_never_written() -> None:
     assert step_of(0) == -1
     assert not reached(0, 0, 0) and not reached(0, 1, 0)
     assert reached(tag(0, 0), 0, 0)
+
+
+@given(st.sets(st.integers(0, 63)))
+def test_ranks_of_a_node_in_one_word(places: set[int]) -> None:
+    assert places_of(pack_places([*places, *places, 64, 100])) == sorted(places), "twice is once, and there is no room for the 65th"
 
 
 @given(a=st.tuples(generations, steps), b=st.tuples(generations, steps))

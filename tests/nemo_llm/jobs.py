@@ -111,7 +111,9 @@ def _given(strategy: dict[str, Any]) -> dict[str, Any]:
     return {"ckpt_async_save": False, **strategy, "pipeline_dtype": getattr(torch, dtype) if dtype else None}
 
 
-def job(directory: Path, world: int, strategy: dict[str, Any], model: dict[str, Any], faults: Any = (), **options: Any) -> Result:
+def job(
+    directory: Path, world: int, strategy: dict[str, Any], model: dict[str, Any], faults: Any = (), snapshot: Any = None, **options: Any
+) -> Result:
     """Under our Strategy."""
 
     def target() -> None:
@@ -120,7 +122,7 @@ def job(directory: Path, world: int, strategy: dict[str, Any], model: dict[str, 
         cpu.enable()
         from lightning_gemini.nemo import GeminiMegatronStrategy
 
-        chosen = GeminiMegatronStrategy(faults=list(faults), **_given(strategy))
+        chosen = GeminiMegatronStrategy(faults=list(faults), snapshot=snapshot, **_given(strategy))
         train(directory, chosen, world, model=build(**model), **options)
 
     return run_job(directory, target, world, timeout_s=150)

@@ -75,6 +75,14 @@ def test_one_optimizer_instance_has_no_twin() -> None:
     assert Parallel(world=8, tp=2, instances=2).holders(5, sharded=True) == (1, 5)
 
 
+def test_who_has_everything_that_a_rank_has() -> None:
+    assert Parallel(world=8, tp=2).replicas(5, sharded=False) == (1, 3, 5, 7)
+    assert Parallel(world=8, tp=2).replicas(5, sharded=True) == (5,)
+    assert Parallel(world=8, tp=2, instances=2).replicas(5, sharded=True) == (1, 5)
+    assert Parallel(world=8, ep=4).replicas(5, sharded=False) == (1, 5)
+    assert Parallel(world=8, ep=8).replicas(5, sharded=False) == (5,)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

@@ -97,3 +97,32 @@ def test_validation_of_a_pipeline_is_refused(tmp_path: Path) -> None:
     result = job(tmp_path, **JOBS["pp2"]._asdict(), limit_val_batches=2)
     assert result.exit_status != 0
     assert "validation with pipeline_model_parallel_size=2 cannot be recovered" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "where", "rank", "replica"),
+    [
+        ("dp2", "kill", "backward", 1, 0),
+        ("tp2-dp2", "kill", "forward", 0, 2),
+        ("dp4-2-instances", "kill", "backward", 3, 1),
+        ("dp4-2-instances", "raise", "backward", 3, None),
+    ],
+)
+def test_without_snapshots_state_comes_from_a_healthy_replica(
+    tmp_path: Path, undisturbed: Undisturbed, name: str, kind: str, where: str, rank: int, replica: int | None
+) -> None:
+    """Of the same model shard, and of the same shard of the optimizer; who raised before the write needs nobody."""
+    fault = {"kind": kind, "rank": rank, "step": 3, "where": where}
+    result = job(tmp_path, faults=[fault], snapshot={"every_n_steps": 0}, **JOBS[name]._asdict())
+    same(undisturbed(name), result)
+    (plan,) = [event for event in result.agent_events if event["event"] == "plan"]
+    assert (plan["action"], plan["repeated_steps"]) == ("in_place", 0)
+    assert plan["donors"] == ({} if replica is None else {str(rank): replica})
+    assert result.injected == 1
+
+
+@pytest.mark.parametrize("name", ["tp2", "dp2-distributed"])
+def test_without_snapshots_and_without_a_replica_is_refused(tmp_path: Path, name: str) -> None:
+    result = job(tmp_path, snapshot={"every_n_steps": 0}, **JOBS[name]._asdict())
+    assert result.exit_status != 0
+    assert "snapshot.every_n_steps=0 with gemini_megatron leaves nothing to recover from" in result.output

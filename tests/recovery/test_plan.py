@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import pytest
@@ -23,6 +24,15 @@ def dead(boundary: int, *, local: Steps = None, tensors: Steps = None) -> RankIn
     """A rank whose process is gone; what it had committed is still in the node's memory."""
     local, tensors = ((boundary,) if steps is None else steps for steps in (local, tensors))
     return RankInventory(alive=False, boundary=boundary, local=frozenset(local), tensors=frozenset(tensors))
+
+
+World = Mapping[int, RankInventory]
+
+
+def world(ranks: list[RankInventory], replicated: bool) -> World:
+    """`replicated`: every rank holds what all others hold (DDP); else nobody does (FSDP2)."""
+    everybody = frozenset(range(len(ranks)) if replicated else ())
+    return {rank: dataclasses.replace(inventory, donors=everybody - {rank}) for rank, inventory in enumerate(ranks)}
 
 
 TABLE = {
@@ -60,30 +70,43 @@ TABLE = {
 
 @pytest.mark.parametrize(("ranks", "replicated", "action", "target", "donors"), TABLE.values(), ids=TABLE)
 def test_table(ranks: list[RankInventory], replicated: bool, action: str, target: int, donors: dict[int, int]) -> None:
-    decided = plan(dict(enumerate(ranks)), replicated=replicated)
+    decided = plan(world(ranks, replicated))
     assert (decided.action, decided.target, decided.donors) == (action, target, donors)
     assert decided.reason
 
 
 def test_an_empty_world_is_refused() -> None:
     with pytest.raises(ValueError, match="give the inventory of every rank"):
-        plan({}, replicated=True)
+        plan({})
+
+
+def test_a_donor_holds_all_that_the_rank_holds() -> None:
+    """Two model shards, each held by two ranks (data parallelism beside tensor parallelism)."""
+    missing = dead(5, tensors=(4,))
+    ranks = {
+        0: live(5),
+        1: live(5),
+        2: dataclasses.replace(missing, donors=frozenset({0})),
+        3: dataclasses.replace(missing, donors=frozenset({1})),
+    }
+    assert plan(ranks).donors == {2: 0, 3: 1}
+    decided = plan(ranks | {1: dead(5)})
+    assert (decided.action, decided.target) == ("restart", -1), "nobody has the shard of rank 3 at step 5, and no snapshot of 4 is complete"
 
 
 def test_a_rewind_says_how_many_steps_are_repeated() -> None:
-    ranks = {0: live(7, wrote=True, tensors=(4,)), 1: dead(7, tensors=(4,))}
-    assert plan(ranks, replicated=True).repeated_steps == 3
+    assert plan(world([live(7, wrote=True, tensors=(4,)), dead(7, tensors=(4,))], True)).repeated_steps == 3
 
 
 def test_in_place_repeats_no_completed_step() -> None:
-    assert plan({0: live(7), 1: dead(7)}, replicated=True).repeated_steps == 0
+    assert plan(world([live(7), dead(7)], True)).repeated_steps == 0
 
 
 def test_the_furthest_log_of_each_group_is_named() -> None:
     def counting(**counters: int) -> RankInventory:
         return RankInventory(alive=True, boundary=3, local=frozenset({3}), tensors=frozenset({3}), counters=counters)
 
-    decided = plan({2: counting(a=4), 0: counting(a=4, b=1), 1: counting(a=2, b=9)}, replicated=True)
+    decided = plan({2: counting(a=4), 0: counting(a=4, b=1), 1: counting(a=2, b=9)})
     assert decided.logs == {"a": (4, 0), "b": (9, 1)}  # of equals the lowest rank
 
 
@@ -107,9 +130,16 @@ def inventories(draw: st.DrawFn) -> RankInventory:
     )
 
 
-worlds = st.lists(inventories(), min_size=1, max_size=5).map(lambda ranks: dict(enumerate(ranks)))
-any_world = given(ranks=worlds, replicated=st.booleans())
-World = Mapping[int, RankInventory]
+@st.composite
+def worlds(draw: st.DrawFn) -> World:
+    """Ranks of the same shard hold the same."""
+    ranks = draw(st.lists(inventories(), min_size=1, max_size=5))
+    shards = draw(st.lists(st.integers(0, 2), min_size=len(ranks), max_size=len(ranks)))
+    alike = [frozenset(other for other, shard in enumerate(shards) if shard == mine) for mine in shards]
+    return {rank: dataclasses.replace(inventory, donors=alike[rank] - {rank}) for rank, inventory in enumerate(ranks)}
+
+
+any_world = given(ranks=worlds())
 
 
 def sources(ranks: World, target: int) -> set[int]:
@@ -117,7 +147,7 @@ def sources(ranks: World, target: int) -> set[int]:
     return {rank for rank, inventory in ranks.items() if inventory.alive and not inventory.wrote and inventory.boundary == target}
 
 
-def holds(decided: RecoveryPlan, ranks: World, replicated: bool) -> None:
+def holds(decided: RecoveryPlan, ranks: World) -> None:
     """What every plan must satisfy."""
     target = decided.target
     assert target <= min(inventory.boundary for inventory in ranks.values())
@@ -125,7 +155,8 @@ def holds(decided: RecoveryPlan, ranks: World, replicated: bool) -> None:
     if decided.action == "in_place":
         for rank, inventory in ranks.items():
             if rank in decided.donors:
-                assert decided.donors[rank] in whole and rank not in whole and replicated
+                assert decided.donors[rank] in whole and rank not in whole
+                assert decided.donors[rank] in inventory.donors
             else:
                 assert rank in whole or target in inventory.tensors, f"the shard of rank {rank} has no source"
             if rank not in whole or inventory.in_step:
@@ -149,34 +180,34 @@ def holds(decided: RecoveryPlan, ranks: World, replicated: bool) -> None:
 
 @any_world
 @settings(max_examples=300, deadline=None)
-def test_every_plan_can_be_carried_out(ranks: World, replicated: bool) -> None:
-    holds(plan(ranks, replicated=replicated), ranks, replicated)
+def test_every_plan_can_be_carried_out(ranks: World) -> None:
+    holds(plan(ranks), ranks)
 
 
 @any_world
 @settings(max_examples=80, deadline=None)
-def test_no_boundary_means_restart(ranks: World, replicated: bool) -> None:
+def test_no_boundary_means_restart(ranks: World) -> None:
     if any(inventory.boundary < 0 for inventory in ranks.values()):
-        assert plan(ranks, replicated=replicated).action == "restart"
+        assert plan(ranks).action == "restart"
 
 
 @any_world
 @settings(max_examples=80, deadline=None)
-def test_the_order_of_the_inventory_does_not_matter(ranks: World, replicated: bool) -> None:
-    first, again = plan(ranks, replicated=replicated), plan(dict(ranks), replicated=replicated)
-    turned = plan(dict(reversed(ranks.items())), replicated=replicated)
+def test_the_order_of_the_inventory_does_not_matter(ranks: World) -> None:
+    first, again = plan(ranks), plan(dict(ranks))
+    turned = plan(dict(reversed(ranks.items())))
     assert first == again
     assert (first.action, first.target, first.logs) == (turned.action, turned.target, turned.logs)
-    holds(turned, ranks, replicated)
+    holds(turned, ranks)
 
 
 @any_world
 @settings(max_examples=80, deadline=None)
-def test_a_fault_in_the_recovery_gives_the_same_target(ranks: World, replicated: bool) -> None:
+def test_a_fault_in_the_recovery_gives_the_same_target(ranks: World) -> None:
     """A replaced rank that has landed at the target and dies again: whatever was donated is committed by now."""
-    decided = plan(ranks, replicated=replicated)
+    decided = plan(ranks)
     if decided.action != "in_place":
         return
     at = frozenset({decided.target})
     again = {rank: RankInventory(alive=False, boundary=decided.target, local=at, tensors=at) for rank in ranks}
-    assert (plan(again, replicated=replicated).action, plan(again, replicated=replicated).target) == ("in_place", decided.target)
+    assert (plan(again).action, plan(again).target) == ("in_place", decided.target)

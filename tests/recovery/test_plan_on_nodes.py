@@ -22,7 +22,7 @@ def live(boundary: int, at: int | None = None, tensors: tuple[int, ...] | None =
 
 
 def decided(ranks: list[RankInventory], replicas: dict[int, dict[int, dict[int, str]]], per_node: int = 1, **more: object) -> RecoveryPlan:
-    return plan(dict(enumerate(ranks)), replicated=False, ranks_per_node=per_node, replicas=replicas, **more)  # type: ignore[arg-type]
+    return plan(dict(enumerate(ranks)), ranks_per_node=per_node, replicas=replicas, **more)  # type: ignore[arg-type]
 
 
 def test_a_lost_node_comes_back_from_its_peer() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gemini.state.catalogue import Entry, bytes_of
-from lightning_gemini.state.ownership import Layout, Owned, owned
+from lightning_gemini.state.ownership import Layout, Owned, owned, sharers
 from tests.support.entries import entry
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.int64]
@@ -42,6 +42,34 @@ def job(found: list[tuple[torch.Tensor, str]], nodes: int, per_node: int, copies
     """What each rank of a job writes."""
     world = nodes * per_node
     return {rank: owned(entries(found, rank, nodes, per_node), Layout(rank, world, per_node, copies)) for rank in range(world)}
+
+
+def shards(*holders: tuple[int, ...]) -> list[Entry]:
+    return [entry(f"param/{i}", torch.zeros(4), ranks, 8) for i, ranks in enumerate(holders)]
+
+
+@pytest.mark.parametrize(
+    ("entries", "rank", "donors", "sharing"),
+    [
+        (shards(tuple(range(8))), 1, (0, 2, 3), [0, 1, 2, 3]),  # DDP on two nodes of four
+        (shards((1,), (1,)), 1, (), [1]),  # FSDP2
+        (
+            shards((1, 3, 5, 7), (0, 1, 2, 3, 4, 5, 6, 7)),
+            1,
+            (3,),
+            [0, 1, 2, 3],
+        ),  # tensor parallelism of two, and a norm that it leaves whole
+        (shards((1, 3, 5, 7), (1,)), 1, (), [1, 3]),  # a distributed optimizer
+        (shards((1, 3, 5, 7), (1, 5)), 1, (), [1, 3]),  # whose second instance is on the other node
+        ([], 1, (), [1]),
+    ],
+)
+def test_who_can_write_in_a_ranks_place_and_whose_snapshots_it_needs(
+    entries: list[Entry], rank: int, donors: tuple[int, ...], sharing: list[int]
+) -> None:
+    layout = Layout(rank, 8, 4, 1)
+    assert owned(entries, layout).donors == donors
+    assert sharers(entries, layout) == sharing
 
 
 shape = st.tuples(kinds, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3)).filter(lambda s: s[3] <= s[1])

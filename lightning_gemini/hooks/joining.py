@@ -181,11 +181,15 @@ class Joining(Stepping):
             self.check_layout()
         self._attach_callback(trainer)
         super().setup(trainer)  # type: ignore[misc]
+        self._trainer = trainer
+        self._start_engine(trainer)
+
+    def _start_engine(self, trainer: pl.Trainer) -> None:
+        """Model and optimizers are what will be trained."""
         for optimizer in compat.unwrap_optimizers(trainer):
             checks.optimizer(optimizer)
             optimizer.register_step_pre_hook(self._gate)
             optimizer.register_step_post_hook(self._note_used)
-        self._trainer = trainer
         self._make_engine(trainer)
 
     def _attach_callback(self, trainer: pl.Trainer) -> None:

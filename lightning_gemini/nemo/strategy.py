@@ -32,7 +32,7 @@ from lightning_gemini.config import (
 )
 from lightning_gemini.hooks.joining import Joining
 from lightning_gemini.mapped.loader import MappedLoader
-from lightning_gemini.nemo import rank_state, reset
+from lightning_gemini.nemo import rank_state, reset, transforms
 from lightning_gemini.nemo.batches import Batches
 from lightning_gemini.nemo.checks import require_no_evaluation
 from lightning_gemini.nemo.parallel import Parallel
@@ -69,6 +69,7 @@ class GeminiMegatronStrategy(Joining, MegatronStrategy):  # type: ignore[misc]
                           persistent=persistent, faults=faults)  # fmt: skip
         self._require_repeatable()
         self._batches = Batches()
+        self._transforms: list[Any] = []
         self.inner_optimizers = inner_optimizers
         """See `compat.lightning.unwrap_optimizers`."""
 
@@ -151,6 +152,20 @@ class GeminiMegatronStrategy(Joining, MegatronStrategy):  # type: ignore[misc]
                     f"rank {rank} of pipeline stage {stage} does not hold parameters of the same names, shapes and types as the rest of "
                     "its stage: build the model alike on all ranks"
                 )
+
+    def _start_engine(self, trainer: pl.Trainer) -> None:
+        """Not yet, where the model will get adapters; see `nemo.transforms`."""
+        self._transforms = transforms.waiting(trainer)
+        if not self._transforms:
+            super()._start_engine(trainer)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """As the others'; at the one before the loops start, all weights are loaded."""
+        if self._transforms and (args[0] if args else kwargs.get("name")) == "run-stage":
+            callbacks, self._transforms = self._transforms, []
+            transforms.apply(callbacks, self._trainer, again=self.engine is not None)
+            super()._start_engine(self._trainer)
+        super().barrier(*args, **kwargs)
 
     def _make_engine(self, trainer: pl.Trainer) -> None:
         super()._make_engine(trainer)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -86,9 +87,12 @@ def _tracker() -> None:
 
 
 def _without_transformer_engine() -> None:
-    """megatron-core 0.13.1 asks for two functions by names that it has only with Transformer Engine."""
+    """megatron-core 0.13.1 asks for two functions by names that it has only with Transformer Engine, NeMo's LoRA for a class."""
     from megatron.core.transformer.moe import moe_utils
+    from nemo.collections.llm.peft import lora, utils
 
     for name in ("te_general_gemm", "fused_permute", "fused_unpermute"):
         if not hasattr(moe_utils, name):
             setattr(moe_utils, name, None)
+    if not lora.HAVE_TE:
+        lora.te, utils.HAVE_TE = SimpleNamespace(Linear=None), False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,22 @@ class MegatronRecorder(Recorder):
             "metrics": {k: float(v) for k, v in sorted(trainer.callback_metrics.items())},
         }
         (Path(self.directory) / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
+        engine = getattr(trainer.strategy, "engine", None)
+        if engine is not None:
+            memory = engine.memory
+            owned = sorted({part.name for part, _ in memory.owned().parts})
+            seen = {"owned": owned, "base": sorted(memory.frozen.names), "received": memory.received}
+            (Path(self.directory) / f"memory{trainer.global_rank}.json").write_text(json.dumps(seen))
 
 
-def build(*, distributed: bool = False, bf16: bool = False, dropout: float = 0.1, **config: Any) -> Any:
-    """The model."""
+def memory_of(result: Result, rank: int) -> dict[str, Any]:
+    """What a rank of our Strategy had in its snapshot at the end, what of the base, and how many bytes of that came from a live replica."""
+    found: dict[str, Any] = json.loads((result.directory / f"memory{rank}.json").read_text())
+    return found
+
+
+def build(*, distributed: bool = False, bf16: bool = False, dropout: float = 0.1, lora: bool = False, **config: Any) -> Any:
+    """The model, with NeMo's LoRA around its linear layers where asked for."""
     from megatron.core.optimizer import OptimizerConfig
     from nemo.collections import llm
     from nemo.lightning.pytorch.optim import MegatronOptimizerModule
@@ -88,22 +101,25 @@ def build(*, distributed: bool = False, bf16: bool = False, dropout: float = 0.1
         persist_layer_norm=False, cross_entropy_loss_fusion=False, **config,
     )  # fmt: skip
     optimizer = OptimizerConfig(lr=1e-2, bf16=bf16, clip_grad=0.0, use_distributed_optimizer=distributed, weight_decay=0.1)
-    return llm.GPTModel(llama, optim=MegatronOptimizerModule(optimizer))
+    transform = llm.peft.LoRA(dim=4, alpha=8) if lora else None
+    return llm.GPTModel(llama, optim=MegatronOptimizerModule(optimizer), model_transform=transform)
 
 
-def train(directory: Path, strategy: Any, world: int, *, steps: int = 8, plugins: Any = None, model: Any = None, **trainer: Any) -> None:
+def train(directory: Path, strategy: Any, per_node: int, *, steps: int = 8, model: Any = None, callbacks: Any = (), **trainer: Any) -> None:
     """What a user's script does."""
     import nemo.lightning as nl
     from nemo.utils import logging
 
     logging.setLevel(logging.WARNING)
+    model = model or build()
+    transforms = [model.model_transform] if getattr(model, "model_transform", None) else []  # as `llm.finetune` does
     fitted = nl.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy, max_steps=steps, logger=False, enable_checkpointing=False, plugins=plugins,
+        accelerator="cpu", devices=per_node, strategy=strategy, max_steps=steps, logger=False, enable_checkpointing=False,
         enable_model_summary=False, enable_progress_bar=False, default_root_dir=str(directory), use_distributed_sampler=False,
-        callbacks=[MegatronRecorder(str(directory))],
+        callbacks=[*transforms, *callbacks, MegatronRecorder(str(directory))],
         **{"num_sanity_val_steps": 0, "limit_val_batches": 0, "val_check_interval": None} | trainer,
     )  # fmt: skip
-    fitted.fit(model or build(), Data())
+    fitted.fit(model, Data())
 
 
 def _given(strategy: dict[str, Any]) -> dict[str, Any]:
@@ -111,21 +127,36 @@ def _given(strategy: dict[str, Any]) -> dict[str, Any]:
     return {"ckpt_async_save": False, **strategy, "pipeline_dtype": getattr(torch, dtype) if dtype else None}
 
 
+def run(
+    directory: Path,
+    per_node: int,
+    strategy: dict[str, Any],
+    model: dict[str, Any],
+    spare_model: dict[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """What each rank of a job under our Strategy does."""
+    from tests.nemo_llm import cpu
+
+    cpu.enable()
+    from lightning_gemini.nemo import GeminiMegatronStrategy
+
+    spare = not os.environ.get("LIGHTNING_GEMINI_RANK")
+    train(
+        directory,
+        GeminiMegatronStrategy(**_given(strategy)),
+        per_node,
+        model=build(**model, **(spare_model or {} if spare else {})),
+        **options,
+    )
+
+
 def job(
     directory: Path, world: int, strategy: dict[str, Any], model: dict[str, Any], faults: Any = (), snapshot: Any = None, **options: Any
 ) -> Result:
-    """Under our Strategy."""
-
-    def target() -> None:
-        from tests.nemo_llm import cpu
-
-        cpu.enable()
-        from lightning_gemini.nemo import GeminiMegatronStrategy
-
-        chosen = GeminiMegatronStrategy(faults=list(faults), snapshot=snapshot, **_given(strategy))
-        train(directory, chosen, world, model=build(**model), **options)
-
-    return run_job(directory, target, world, timeout_s=150)
+    """Under our Strategy, on one node. `spare_model`: what spares build otherwise."""
+    given = {**strategy, "faults": list(faults), "snapshot": snapshot}
+    return run_job(directory, lambda: run(directory, world, given, model, **options), world, timeout_s=150)
 
 
 def plain(directory: Path, world: int, strategy: dict[str, Any], model: dict[str, Any], **options: Any) -> Result:

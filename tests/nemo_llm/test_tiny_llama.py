@@ -31,6 +31,9 @@ JOBS = {
     "dp2-distributed-bf16": Case(2, model={"distributed": True, "bf16": True}),
     "dp4-2-instances": Case(4, {"num_distributed_optimizer_instances": 2}, {"distributed": True}),
     "ep2": Case(2, {"expert_model_parallel_size": 2}, {"num_moe_experts": 4, "moe_token_dispatcher_type": "alltoall", "distributed": True}),
+    "dp2-lora": Case(2, model={"lora": True}),
+    "tp2-lora": Case(2, TP, {"lora": True}),
+    "dp2-distributed-lora": Case(2, model={"distributed": True, "lora": True}),
     "pp2": Case(2, {"pipeline_model_parallel_size": 2, "pipeline_dtype": "float32"}),
 }
 
@@ -50,7 +53,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return run
 
 
-@pytest.mark.parametrize("name", ["dp2", "tp2"])
+@pytest.mark.parametrize("name", ["dp2", "tp2", "dp2-lora", "tp2-lora"])
 def test_undisturbed_is_as_nemo(tmp_path: Path, undisturbed: Undisturbed, name: str) -> None:
     """Same bits as NeMo's own MegatronStrategy."""
     same(undisturbed(name), plain(tmp_path, **JOBS[name]._asdict()))
@@ -72,6 +75,11 @@ def test_undisturbed_is_as_nemo(tmp_path: Path, undisturbed: Undisturbed, name: 
         ("dp2-distributed-bf16", "raise", "callback", 1, 3),
         ("dp4-2-instances", "kill", "optimizer", 3, 3),
         ("ep2", "kill", "optimizer", 1, 3),
+        ("dp2-lora", "kill", "backward", 1, 0),
+        ("dp2-lora", "kill", "optimizer", 0, 3),
+        ("dp2-lora", "raise", "callback", 1, 3),
+        ("tp2-lora", "kill", "backward", 1, 3),
+        ("dp2-distributed-lora", "kill", "forward", 1, 4),
         ("pp2", "kill", "forward", 1, 3),
         ("pp2", "kill", "optimizer", 0, 0),
     ],

@@ -123,8 +123,11 @@ def train(directory: Path, strategy: Any, per_node: int, *, steps: int = 8, mode
 
 
 def _given(strategy: dict[str, Any]) -> dict[str, Any]:
-    dtype = strategy.get("pipeline_dtype")
-    return {"ckpt_async_save": False, **strategy, "pipeline_dtype": getattr(torch, dtype) if dtype else None}
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    dtype, ddp = strategy.get("pipeline_dtype"), strategy.get("ddp")
+    made = {"pipeline_dtype": getattr(torch, dtype) if dtype else None} | ({"ddp": DistributedDataParallelConfig(**ddp)} if ddp else {})
+    return {"ckpt_async_save": False, **strategy, **made}
 
 
 def run(

@@ -32,9 +32,10 @@ class SnapshotConfig:
 
     every_n_steps: int = 1
     """Cadence of tensor snapshots in optimizer steps. 1 loses no completed step; n > 1 may repeat up to n - 1 of them. 0 takes none: a
-    replaced rank gets its state from a live replica (DDP), and what no healthy rank holds is lost."""
+    replaced rank gets its state from a live replica on its node, and what no healthy rank holds is lost."""
     background: bool = True
-    """Copy replicated tensors in a background thread, fenced before the next optimizer write. False copies inside the step."""
+    """Copy what another rank of the node holds too in a background thread, fenced before the next optimizer write. False copies inside the
+    step."""
     chunk_kib: int = 1024
     """Unit of copying and hashing in KiB: small enough to stay in cache between the two."""
     local_state_mib: int = 64

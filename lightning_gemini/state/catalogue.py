@@ -21,6 +21,9 @@ from torch.optim import Optimizer
 from lightning_gemini.snapshot.manifest import Segment
 from lightning_gemini.state.raw import as_bytes
 
+Holders = tuple[int, ...] | range
+"""Ranks in order; a range where that is all of them, which takes the same time at any size."""
+
 
 class Entry(NamedTuple):
     """One tensor."""
@@ -28,7 +31,7 @@ class Entry(NamedTuple):
     name: str
     tensor: torch.Tensor
     """The part that this rank holds."""
-    holders: tuple[int, ...]
+    holders: Holders
     """Ranks that hold the same bytes, this one among them, in order."""
     shard: str
     """Label of the bytes: equal on the holders and nowhere else; empty where all ranks hold them."""
@@ -61,10 +64,13 @@ def catalogue(
     optimizers = list(optimizers)
     held = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
 
-    def entry(name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> Entry:
+    def entry(name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> Entry:  # thousands, twice in a step
         holders, shard = holders_of(tensor, replicated=replicated and id(parameter) not in own, rank=rank, world=world)
         trained = tensor is not parameter or parameter.requires_grad or id(parameter) in held
-        return Entry(name, local(tensor.detach()), holders, shard, tuple(tensor.shape), offset_of(tensor), trained)
+        shape = tuple(tensor.shape)
+        if isinstance(tensor, DTensor):
+            return Entry(name, local(tensor.detach()), holders, shard, shape, offset_of(tensor), trained)
+        return Entry(name, tensor.detach(), holders, shard, shape, (0,) * len(shape), trained)
 
     entries = [entry(f"param/{name}", parameter, parameter) for name, parameter in model.named_parameters()]
     for number, optimizer in enumerate(optimizers):
@@ -75,10 +81,10 @@ def catalogue(
     return entries
 
 
-def holders_of(tensor: torch.Tensor, *, replicated: bool, rank: int, world: int) -> tuple[tuple[int, ...], str]:
+def holders_of(tensor: torch.Tensor, *, replicated: bool, rank: int, world: int) -> tuple[Holders, str]:
     """Who holds the same bytes as this rank, and their label."""
     if replicated:
-        return tuple(range(world)), ""
+        return range(world), ""
     if not isinstance(tensor, DTensor):
         return (rank,), own_label(rank)
     sharded = tuple(not placement.is_replicate() for placement in tensor.placements)

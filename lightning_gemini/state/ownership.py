@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import msgspec
 import torch
 
 from lightning_gemini.snapshot.manifest import Segment
-from lightning_gemini.state.catalogue import Entry, bytes_of, segment
+from lightning_gemini.state.catalogue import Entry, Holders, bytes_of, segment
 
 
 class Layout(NamedTuple):
@@ -35,9 +36,10 @@ class Layout(NamedTuple):
         """Index of a rank's node."""
         return rank // self.per_node
 
-    def here(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    def here(self, ranks: Holders) -> tuple[int, ...]:
         """Those of this rank's node."""
-        return tuple(rank for rank in ranks if self.node(rank) == self.node(self.rank))
+        first = self.node(self.rank) * self.per_node
+        return tuple(rank for rank in range(first, first + self.per_node) if rank in ranks)
 
     @property
     def nodes(self) -> int:
@@ -67,20 +69,20 @@ class Owned:
 
 def owned(entries: list[Entry], layout: Layout) -> Owned:
     """The share of `layout.rank` in its node's snapshot."""
-    entries = [entry for entry in entries if layout.rank in entry.holders]  # another rank, that writes it for this one, has its own too
-    twins = {entry.holders: _twins(entry.holders, layout) for entry in entries}
+    groups = _by_holders(entries, layout.rank)
+    twins = {holders: _twins(holders, layout) for holders in groups}
     sizes: Counter[tuple[int, ...]] = Counter()
-    for entry in entries:
-        if len(twins[entry.holders]) >= layout.copies:
-            sizes[twins[entry.holders]] += bytes_of(entry)
+    for holders, group in groups.items():
+        if len(twins[holders]) >= layout.copies:
+            sizes[twins[holders]] += sum(map(bytes_of, group))
     chosen = max(sizes, key=lambda ranks: (sizes[ranks], ranks)) if sizes and layout.nodes > 1 else None
     travelling: list[tuple[Segment, torch.Tensor]] = []
     staying: list[tuple[Segment, torch.Tensor]] = []
-    for holders, group in _by_holders(entries).items():
+    for holders, group in groups.items():
         share = _share(group, layout.here(holders), layout.rank)
         (staying if layout.nodes == 1 or twins[holders] == chosen else travelling).extend(share)
     key = hashlib.blake2b(msgspec.msgpack.encode([part for part, _ in staying]), digest_size=8).hexdigest() if staying else ""
-    return Owned(travelling + staying, len(travelling), key, chosen or (layout.rank,), _donors(set(twins), layout))
+    return Owned(travelling + staying, len(travelling), key, chosen or (layout.rank,), _donors(groups, layout))
 
 
 def sharers(entries: list[Entry], layout: Layout) -> list[int]:
@@ -88,19 +90,20 @@ def sharers(entries: list[Entry], layout: Layout) -> list[int]:
     return sorted({layout.rank, *(rank for holders in {entry.holders for entry in entries} for rank in layout.here(holders))})
 
 
-def _donors(holders: set[tuple[int, ...]], layout: Layout) -> tuple[int, ...]:
-    everything = set.intersection(*map(set, holders)) if holders else set()
-    return layout.here(tuple(sorted(everything - {layout.rank})))
+def _donors(holders: Collection[Holders], layout: Layout) -> tuple[int, ...]:
+    here = layout.here(range(layout.world)) if holders else ()
+    return tuple(rank for rank in here if rank != layout.rank and all(rank in ranks for ranks in holders))
 
 
-def _by_holders(entries: list[Entry]) -> dict[tuple[int, ...], list[Entry]]:
-    groups: defaultdict[tuple[int, ...], list[Entry]] = defaultdict(list)
+def _by_holders(entries: list[Entry], rank: int) -> dict[Holders, list[Entry]]:
+    """What `rank` holds; another one, that writes in its place, has entries of its own too."""
+    groups: defaultdict[Holders, list[Entry]] = defaultdict(list)
     for entry in entries:
         groups[entry.holders].append(entry)
-    return groups
+    return {holders: group for holders, group in groups.items() if rank in holders}
 
 
-def _twins(holders: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+def _twins(holders: Holders, layout: Layout) -> tuple[int, ...]:
     """Ranks that write the same share of these bytes, one per node; just this rank where nodes share them out differently."""
     nodes: defaultdict[int, list[int]] = defaultdict(list)
     for rank in holders:

@@ -67,6 +67,7 @@ def restore_loops(trainer: pl.Trainer, state: dict[str, Any]) -> None:
                 setattr(loop, flag, False)
         if hasattr(loop, "reset_restart_stage"):
             loop.reset_restart_stage()
+    trainer.fit_loop.epoch_loop.__dict__.pop("_should_check_val_fx", None)
 
 
 def _load_progress(progress: Any, state: dict[str, Any]) -> None:
@@ -92,6 +93,8 @@ def position_loops(trainer: pl.Trainer, state: dict[str, Any]) -> None:
     loop = trainer.fit_loop.epoch_loop
     loop.batch_progress.is_last_batch = False  # else a loop that has validated before takes the epoch for finished
     loop.val_loop._has_run = False
+    # Before 2.5 a loop that is resumed after a batch at which validation was due validates first; a replaced rank's peers have done that.
+    loop._should_check_val_fx = lambda data_fetcher: False  # type: ignore[method-assign]
 
 
 _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_first_loop_iter", "_current_fx")

@@ -92,6 +92,7 @@ LIGHTNING: dict[str, list[Find]] = {
     "_combined_loader": [lambda t: t.fit_loop],
     "_has_run": [lambda t: t.fit_loop.epoch_loop.val_loop],
     "_results": [lambda t: t.fit_loop.epoch_loop, lambda t: t.fit_loop.epoch_loop.val_loop],
+    "_should_check_val_fx": [lambda t: t.fit_loop.epoch_loop],
     "_restarting": [lambda t: t.fit_loop, lambda t: t.fit_loop.epoch_loop],
     "_loaded_from_state_dict": [lambda t: t.fit_loop],
     "_resuming_from_checkpoint": [lambda t: t.fit_loop],

@@ -17,6 +17,7 @@ from lightning_gemini import GeminiFSDP2Strategy, GeminiStrategy
 from lightning_gemini.recovery.engine import Engine
 from lightning_gemini.recovery.landing import Landing
 from lightning_gemini.snapshot.slots import PAGE
+from lightning_gemini.storage.catalog import newest
 from tests.support.campaign import more
 from tests.support.jobs import Recorder, Result, run_job, same
 from tests.support.models import Net, loader
@@ -189,7 +190,18 @@ def test_without_snapshots_one_rank_that_has_not_written_is_enough(tmp_path: Pat
 def test_without_snapshots_a_death_in_the_write_goes_back_to_storage(tmp_path: Path) -> None:
     expected = job(tmp_path / "undisturbed")
     options = {"snapshot": {"every_n_steps": 0}, "faults": [kill(1, 5, "optimizer")]}
-    result = job(tmp_path / "stored", persistent={"url": str(tmp_path / "store"), "every_n_steps": 2}, **options)
+    store = str(tmp_path / "store")
+
+    def on_before_optimizer_step(self: Net, optimizer: Any) -> None:  # before the gate: nothing is captured while step 2 is being written
+        deadline = time.monotonic() + 30
+        while self.trainer.global_step == 3 and newest(store) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def arrange() -> None:
+        Net.on_before_optimizer_step = on_before_optimizer_step  # type: ignore[method-assign]
+
+    result = job(tmp_path / "stored", prepare=arrange, persistent={"url": store, "every_n_steps": 2}, **options)
     same(expected, result)
     plans = [event for event in result.agent_events if event["event"] == "plan"]
     assert plans[-1]["action"] in ("rewind", "storage") and plans[-1]["target"] == 4

@@ -194,7 +194,7 @@ def _dead(ranks: Mapping[int, RankInventory]) -> list[int]:
 
 def _furthest(ranks: Mapping[int, RankInventory]) -> dict[str, tuple[int, int]]:
     logs: dict[str, tuple[int, int]] = {}
-    for rank, inventory in sorted(ranks.items()):
+    for rank, inventory in sorted(ranks.items(), key=lambda item: (not item[1].alive, item[0])):  # a rank that lands begins its log anew
         for group, count in inventory.counters.items():
             if group not in logs or count > logs[group][0]:
                 logs[group] = (count, rank)

@@ -108,6 +108,9 @@ def test_the_furthest_log_of_each_group_is_named() -> None:
 
     decided = plan({2: counting(a=4), 0: counting(a=4, b=1), 1: counting(a=2, b=9)})
     assert decided.logs == {"a": (4, 0), "b": (9, 1)}  # of equals the lowest rank
+    lands = dataclasses.replace(counting(a=4, b=10), alive=False)
+    decided = plan({0: lands, 1: counting(a=4, b=9), 2: counting(a=4)})
+    assert decided.logs == {"a": (4, 1), "b": (10, 0)}  # of equals one that does not land: landing overwrites the oldest of its log
 
 
 # ---- properties

@@ -16,6 +16,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+OBJECT_BROADCASTS = 2
+"""Collectives in one `broadcast_object_list`: sizes, then bytes."""
+
 
 class ReadyOrder:
     """Records the order in which DDP's parameters get their gradients, until the buckets are rebuilt."""

@@ -25,7 +25,7 @@ from lightning_gemini.agent.messages import Due, Fault, Hello, Left, LoaderStart
 from lightning_gemini.agent.variables import rank_variables
 from lightning_gemini.compat import lightning as compat
 from lightning_gemini.compat import loggers, nemo
-from lightning_gemini.compat.torch import keep_groups_swappable
+from lightning_gemini.compat.torch import OBJECT_BROADCASTS, keep_groups_swappable
 from lightning_gemini.data.position import PositionedLoader
 from lightning_gemini.environment import GeminiEnvironment
 from lightning_gemini.hooks.base import _process
@@ -236,16 +236,19 @@ class Joining(Stepping):
         super().barrier(*args, **kwargs)  # type: ignore[misc]
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """As Lightning's; nobody is there to receive from while a replaced rank sets itself up."""
-        if dist.is_initialized() and self.world.mode is Mode.STAND_IN:
-            return obj
+        """As Lightning's; nobody is there to receive from while a replaced rank sets itself up. What its predecessor has sent it takes from
+        a peer's log: the object may depend on the moment. (Before 2.6 a checkpoint's name depends on which files rank 0 has seen.)"""
+        if dist.is_initialized():
+            world = self.world
+            if world.mode is Mode.STAND_IN:
+                return obj
+            if src == world.rank and world.replays(_default_group().group_name, OBJECT_BROADCASTS):
+                src = (src + 1) % world.size  # torch gives what was sent to receivers only
         return super().broadcast(obj, src)  # type: ignore[misc]
 
     def form_groups(self) -> None:
         """Form the default group of the present generation, so that the first collective does not have to."""
-        default = dist.group.WORLD
-        assert isinstance(default, group.SwappableGroup)
-        default.inner("cuda" if self.root_device.type == "cuda" else "cpu")  # type: ignore[attr-defined]
+        _default_group().inner("cuda" if self.root_device.type == "cuda" else "cpu")  # type: ignore[attr-defined]
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """As Lightning's, which also reads what `persistent` has written for a job of another size."""
@@ -327,3 +330,9 @@ class Joining(Stepping):
             self.engine.finished = True
         self.emit("left_fit")
         self.link.send(Left())
+
+
+def _default_group() -> group.SwappableGroup:
+    default = dist.group.WORLD
+    assert isinstance(default, group.SwappableGroup)
+    return default

@@ -161,6 +161,11 @@ class World:
         self.record(group, tensors)
         return True
 
+    def replays(self, group: str, count: int) -> bool:
+        """Whether the next `count` collectives of `group` will be taken from a peer's log."""
+        index = self.counters.get(group, 0)
+        return all((group, index + further) in self.replay for further in range(count))
+
     def record(self, group: str, tensors: list[torch.Tensor]) -> None:
         """Log a completed collective."""
         index = self.counters.get(group, 0)

@@ -25,6 +25,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_gemini.compat.torch import OBJECT_BROADCASTS
+
 PACKAGE = Path(__file__).parents[2] / "lightning_gemini"
 VERSIONS = f"lightning {lightning.__version__}, torch {torch.__version__}"
 SINCE = {name: (2, 5) for name in ("_loaded_from_state_dict", "_resuming_from_checkpoint", "reset_restart_stage")}
@@ -201,3 +203,9 @@ def test_the_reducer_of_ddp_is_the_class_that_is_checked() -> None:
     assert "self.reducer = dist.Reducer(" in source
     for flag in ("require_forward_param_sync", "require_backward_grad_sync"):
         assert f"self.{flag} = " in source, flag
+
+
+def test_broadcasts_of_objects_are_as_many_as_are_replayed() -> None:
+    source = inspect.getsource(dist.broadcast_object_list)
+    assert len(re.findall(r"^    broadcast\(", source, re.MULTILINE)) == source.count(" broadcast(") == OBJECT_BROADCASTS
+    assert "if my_group_rank != group_src:" in source, "the sender gets what was sent too"

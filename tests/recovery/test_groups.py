@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,20 @@ class Grouped(Net):
         return loss * (1 + 0.01 * seen.squeeze())
 
 
-def train(directory: Path, strategy: Any) -> None:
+class Agreeing(pl.Callback):
+    """After each step rank 0 tells all something that only this moment knows."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        said = trainer.strategy.broadcast(os.urandom(trainer.global_step).hex())  # of another length each time
+        pl_module.objects = [*getattr(pl_module, "objects", []), said]  # type: ignore[assignment]
+        trainer.strategy.barrier()
+
+
+def train(directory: Path, strategy: Any, *callbacks: pl.Callback) -> None:
     pl.seed_everything(1)
     trainer = pl.Trainer(
         accelerator="cpu", devices=WORLD, strategy=strategy, max_epochs=2, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, logger=False, default_root_dir=str(directory), callbacks=[Recorder(str(directory))],
+        enable_checkpointing=False, logger=False, default_root_dir=str(directory), callbacks=[Recorder(str(directory)), *callbacks],
     )  # fmt: skip
     trainer.fit(Grouped(), loader(), loader(24, shuffle=False))
 
@@ -58,3 +68,13 @@ def test_groups_of_the_user_survive(tmp_path: Path, undisturbed: Result, kind: s
     result = run_job(tmp_path, lambda: train(tmp_path, GeminiStrategy(faults=faults)), WORLD)  # type: ignore[arg-type]
     same(undisturbed, result)
     assert result.injected == 2 and len(result.recoveries) == 2
+
+
+def test_a_replaced_rank_has_said_what_its_peers_have_heard(tmp_path: Path, undisturbed: Result) -> None:
+    faults = [{"kind": "kill", "rank": 0, "step": 3, "where": "after_step"}]
+    result = run_job(tmp_path, lambda: train(tmp_path, GeminiStrategy(faults=faults), Agreeing()), WORLD)  # type: ignore[arg-type]
+    same(undisturbed, result)
+    assert result.injected == len(result.recoveries) == 1
+    heard = result.ranks[1]["objects"]
+    assert [len(said) // 2 for said in heard] == [*range(1, 13)]
+    assert all(result.ranks[rank]["objects"] == heard for rank in range(WORLD))

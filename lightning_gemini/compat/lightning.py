@@ -182,6 +182,26 @@ def interrupted_at(trainer: pl.Trainer) -> int:
     return 0 if progress.is_last_batch or not trainer.fit_loop.restarting else progress.current.ready
 
 
+def finish_saved_batch(trainer: pl.Trainer) -> None:
+    """Before the loops run, on going on from a checkpoint: the batch after which it was saved (in `on_train_batch_end`, where a callback
+    saves every n steps) is done, and the epoch with it where it was the last. Lightning does so since 2.5; before, it gives the next batch
+    the number of the one before, and an epoch that is over is entered again."""
+    fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    progress = loop.batch_progress
+    now: Any = progress.current  # declared as a tracker that counts less
+    used = now.ready == now.processed == now.completed + 1
+    if hasattr(fit, "reset_restart_stage") or not fit.restarting or not used:
+        return
+    if not loop._should_accumulate():
+        loop._batches_that_stepped += 1
+    progress.increment_completed()
+    if progress.is_last_batch:
+        fit.epoch_progress.increment_processed()
+        fit.epoch_progress.increment_completed()
+        for _, each in _loops(fit):
+            each._restarting = False
+
+
 def forget_loaders(trainer: pl.Trainer) -> None:
     """Undo what the first entry of `fit` set up, before a second entry in the same process."""
     loop = trainer.fit_loop

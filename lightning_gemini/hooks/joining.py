@@ -274,6 +274,8 @@ class Joining(Stepping):
         dataloader = super().process_dataloader(dataloader)  # type: ignore[misc]
         if not getattr(self, "_trainer", None) or not self._trainer.training:
             return dataloader
+        if self.load_from and not isinstance(dataloader, PositionedLoader):  # a mapped one does so when it is given its place
+            compat.finish_saved_batch(self._trainer)
         loader = dataloader if isinstance(dataloader, PositionedLoader) else PositionedLoader(dataloader)
         if self.loader_positions:
             loader.begin_at(self.loader_positions.pop(0))

@@ -67,6 +67,8 @@ class Stream:
     """Whether the newest batch is the last one the loop wants of this epoch."""
     interrupted_at: Callable[[], int] = lambda: 0
     """Batches of the epoch that a checkpoint says were used."""
+    resumed: Callable[[], None] = lambda: None
+    """Called when the loader has been given its place in a checkpoint."""
     settled: Callable[[], None] = lambda: None
     """Called when no replaced rank can go back to what came before this epoch."""
 
@@ -129,11 +131,12 @@ class MappedLoader(PositionedLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin there. Raises `ValueError` for the state of another kind of loader."""
         self._begin = checkpoint.unpack(state)
+        self._stream.resumed()
 
     # ---- iterating
 
     def __iter__(self) -> Iterator[Any]:
-        begin, self._begin = self._begin, None
+        begin = self._begin  # until something is fetched: Lightning before 2.5 may call twice before the first batch
         self._generators = held_by(self._loader)
         if begin is None:
             rng.restore_private(self._generators, self._held())
@@ -166,6 +169,7 @@ class MappedLoader(PositionedLoader):
 
     def _replaced(self, position: dict[str, Any]) -> Iterator[Any]:
         """Where the predecessor was: its newest batch comes first."""
+        self._begin = None
         self._index, self._feeds = position["index"], position["feeds"]
         _Numbers.next = max(_Numbers.next, self._index + 1)  # later loaders of this process are numbered as those of its peers
         self._name, self._previous = position["name"], position["previous"]
@@ -181,6 +185,7 @@ class MappedLoader(PositionedLoader):
 
     def _saved(self, state: dict[str, Any]) -> Iterator[Any]:
         """After a checkpoint: the batch that comes next, and the random numbers that come next."""
+        self._begin = None
         if state["now"] is not None:
             self._restore(state["now"])
         if state["over"] or state["record"] is None:

@@ -153,6 +153,7 @@ def _stream(trainer: pl.Trainer, config: DataConfig, *, recovers: bool) -> Strea
         ahead=lambda: compat.read_ahead(trainer),
         epoch_is_over=lambda: trainer.is_last_batch,
         interrupted_at=lambda: compat.interrupted_at(trainer),
+        resumed=lambda: compat.finish_saved_batch(trainer),
         settled=lambda: _close_before(min(trainer.current_epoch, max(_Process.loaders.values(), default=0))),
     )
 

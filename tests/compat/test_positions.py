@@ -1,13 +1,16 @@
 """Loops that are positioned go on in the very batch at which they were captured, and do nothing before it: not even a validation that was
-due after the batch before, which Lightning 2.4 does when it resumes."""
+due after the batch before, which Lightning 2.4 does when it resumes. And a checkpoint that was saved after a batch goes on with the next
+one, which has the next number; Lightning 2.4 alone gives it the same again."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from lightning_gemini.compat import lightning as compat
@@ -62,13 +65,30 @@ class Diary(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(module: Diary, validations: dict[str, Any]) -> Diary:
+class Finishing(SingleDeviceStrategy):
+    """What ours do for a checkpoint of theirs."""
+
+    def process_dataloader(self, dataloader: object) -> object:
+        if self.lightning_module is not None and self.lightning_module.trainer.training:
+            compat.finish_saved_batch(self.lightning_module.trainer)
+        return super().process_dataloader(dataloader)
+
+
+class Saving(pl.Callback):
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.directory / f"{trainer.global_step}.ckpt")
+
+
+def fit(module: Diary, validations: dict[str, Any], *callbacks: pl.Callback, ckpt_path: Path | None = None) -> Diary:
     trainer = pl.Trainer(
         max_epochs=EPOCHS, accelerator="cpu", devices=1, num_sanity_val_steps=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, **validations,
+        enable_progress_bar=False, enable_model_summary=False, strategy=Finishing("cpu"), callbacks=list(callbacks), **validations,
     )  # fmt: skip
     data = torch.utils.data.DataLoader(torch.ones(BATCHES, 2))
-    trainer.fit(module, data, data)
+    trainer.fit(module, data, data, ckpt_path=ckpt_path)
     return module
 
 
@@ -81,3 +101,12 @@ def test_they_go_on_where_they_were_captured(validations: dict[str, Any]) -> Non
         landed = fit(Diary((loops, result)), validations)
         assert landed.landing is None
         assert landed.done == undisturbed.done[before:], f"landed after {undisturbed.done[:before]}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("validations", VALIDATIONS.values(), ids=list(VALIDATIONS))
+def test_a_checkpoint_goes_on_with_the_next_batch(tmp_path: Path, validations: dict[str, Any]) -> None:
+    trained = [what for what in fit(Diary(), validations, Saving(tmp_path)).done if "train" in what]
+    for step in range(1, BATCHES * EPOCHS + 1):
+        resumed = fit(Diary(), validations, ckpt_path=tmp_path / f"{step}.ckpt")
+        assert [what for what in resumed.done if "train" in what] == trained[step:], f"after step {step}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
+from lightning_gemini.compat.lightning import finish_saved_batch
 from lightning_gemini.storage import layout, messages, resume
 from tests.storage.helpers import in_processes, nodes
 from tests.storage.lightning import Begin, Leave, Net, Resumed, State, environ, left, loader, same, trainer
@@ -22,6 +23,10 @@ class Ours:
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return resume.load(self.lightning_module.trainer, str(checkpoint_path), weights_only=weights_only)  # type: ignore[attr-defined]
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        finish_saved_batch(self.lightning_module.trainer)  # type: ignore[attr-defined]
+        return super().process_dataloader(dataloader)  # type: ignore[misc]
 
 
 class OursDDP(Ours, DDPStrategy):

@@ -27,10 +27,6 @@ class GeminiCallback(pl.Callback):
                 f"callbacks has a GeminiCallback, but strategy={type(trainer.strategy).__name__} cannot recover: use strategy='gemini'"
             )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See `compat.lightning.quiet_sigterm`."""
-        compat.quiet_sigterm(trainer)
-
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Report recoveries that have been completed since the last batch, and end where the agent asked for it."""
         trainer.strategy.persist(trainer)  # type: ignore[attr-defined]
@@ -46,3 +42,9 @@ class GeminiCallback(pl.Callback):
             metrics |= {"gemini/recovery_s": sum(summary.seconds.values()), "gemini/recoveries": float(summary.count)}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Where the agent asked for the end, this rank's part of the last checkpoint is there before it ends, whoever ended it."""
+        if isinstance(exception, SystemExit) and trainer.strategy.asked_to_end():  # type: ignore[attr-defined]
+            trainer.strategy.persist(trainer)  # type: ignore[attr-defined]
+            trainer.strategy.engine.memory.settle()  # type: ignore[attr-defined]

@@ -48,8 +48,8 @@ class Node:
         """It has its place since the job began."""
         self._filling = False
         """The arenas are being filled from a checkpoint."""
-        self.ending = False
-        """The job ends by a signal: nobody is replaced any more."""
+        self.ending_since: float | None = None
+        """The job ends by a signal, to this node's agent or another's: nobody is replaced any more."""
         self.nobody = False
         """In this recovery: no process of this node had reached `fit`, so that the job has no step yet; there is nothing to keep or to
         fill, all ranks will start anew. A node that came later has ranks to fill, however many recoveries begin before they are."""
@@ -78,7 +78,7 @@ class Node:
 
     def start_spares(self) -> None:
         """Keep as many as are wanted."""
-        if self.ending or self.crew.spare_failures >= MAX_SPARE_FAILURES or self.exit_status is not None:
+        if self.ending_since is not None or self.crew.spare_failures >= MAX_SPARE_FAILURES or self.exit_status is not None:
             return
         vacant = self.ranks_per_node - len(self.crew.ranks()) - len(self.crew.done())
         if self.coordinator.index is None:
@@ -159,7 +159,7 @@ class Node:
             coordinator = self.coordinator
             here = (coordinator.world, len(coordinator.generation.roster), coordinator.replicated)
             same = (opened.world, opened.nodes, opened.replicated) == here
-            theirs = given_step >= opened.step and self.config.persistent.resume == "auto"
+            theirs = given_step > opened.step and self.config.persistent.resume == "auto"
             if given and opened.path and first and member.rank == 0:
                 both = f"{given} (step {given_step})", f"{opened.path} (step {opened.step})"
                 self.say("the job goes on from {}, not from {}".format(*(both if theirs else both[::-1])))
@@ -238,6 +238,7 @@ class Node:
 
     def end_after(self, step: int) -> None:
         """All ranks of this node inside `fit` end after `step`."""
+        self.ending_since = self.ending_since or time.monotonic()
         for rank, member in self.crew.ranks().items():
             if member.in_fit and step > 1:
                 self.coordinator.board.set(self.coordinator.place(rank), END_AT, step)

@@ -144,7 +144,8 @@ class Persisting:
         then()
 
     def _unfinished(self) -> bool:
-        return self._busy() or (self._node.coordinator.index == 0 and self.written > self._completed)
+        completes = self._node.coordinator.index == 0 or self._node.ending_since is not None  # else the job ends when all nodes have
+        return self._busy() or (completes and self.written > self._completed)
 
     def reopen(self) -> None:
         """The node's memory is new."""

@@ -57,7 +57,6 @@ class Supervisor:
         self.crew.on_message, self.crew.on_exit = self._on_message, self._on_exit
         self.node = Node(self.crew, ranks_per_node, self.selector, storage)
         self._terminating: signal.Signals | None = None
-        self._terminating_since: float | None = None
         self.signals = Signals(self._terminate)
         try:
             self.node.job = join(self.node, self.selector)
@@ -93,7 +92,7 @@ class Supervisor:
     def _terminate(self, number: signal.Signals) -> None:
         """All ranks end after the same step, which no rank can have passed yet; those outside of `fit` get the signal itself."""
         if self._terminating is None:
-            self._terminating, self._terminating_since, self.node.ending = number, time.monotonic(), True
+            self._terminating, self.node.ending_since = number, self.node.ending_since or time.monotonic()
         board = self.node.coordinator.board
         last = max(step_of(board.get(place, BOUNDARY)) for place in range(self.ranks_per_node)) + 2
         for member in self.crew.living():
@@ -106,7 +105,8 @@ class Supervisor:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        if self._terminating_since is not None and now - self._terminating_since > _GRACE_S:
+        since = self.node.ending_since
+        if since is not None and now - since > _GRACE_S and self.crew.ranks():
             self.node.end(128 + (self._terminating or signal.SIGTERM), f"the ranks did not end within {_GRACE_S:g} s of the signal")
         for rank, member in self.crew.ranks().items():
             self._look_at(rank, member, now)
@@ -155,7 +155,7 @@ class Supervisor:
                 self.node.persisting.finish(self.node.coordinator.membership.finished)
             else:
                 self._on_last_after_signal()
-        elif self._terminating_since is not None:
+        elif self.node.ending_since is not None:
             self._on_last_after_signal()
         elif code > 0 and (member.left or not member.in_fit):
             self.node.end(code, f"rank {member.rank} (pid {member.child.pid}) ended with exit status {code} outside of fit")
@@ -167,8 +167,9 @@ class Supervisor:
             self.node.fault(member, f"rank {member.rank} (pid {member.child.pid}) died: {what}")
 
     def _on_last_after_signal(self) -> None:
-        if self._terminating_since is not None and not self.crew.ranks():
-            self.node.end(128 + (self._terminating or signal.SIGTERM), "ended by signal")
+        if self.node.ending_since is not None and not self.crew.ranks():
+            status = 128 + (self._terminating or signal.SIGTERM)
+            self.node.persisting.finish(lambda: self.node.end(status, "ended by signal"))
 
     def _on_spare_exit(self, member: Member, code: int) -> None:
         self.crew.members.remove(member)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,6 +24,7 @@ from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.loops.progress import _BaseProgress
+from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from torch import nn
 
 _RESTART_FLAGS = ("_restarting", "_loaded_from_state_dict", "_resuming_from_checkpoint")
@@ -142,11 +143,28 @@ def set_closure_result(closure: Any, saved: tuple[Any, ...] | None) -> bool:
     return True
 
 
-def quiet_sigterm(trainer: pl.Trainer) -> None:
+def take_sigterm(trainer: pl.Trainer) -> list[Callable[[int, Any], Any]]:
     """Lightning's handler broadcasts inside the signal handler, in the middle of whatever the rank was doing, and each rank would end after
-    a step of its own. The agent names the step instead (`end_after_this_step`); the signal itself does nothing to a rank in `fit`."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: None)
+    a step of its own. The agent names the step instead (`end_after_this_step`); the signal itself does nothing to a rank in `fit`.
+    Returns the handlers that others have set (NeMo's PreemptionCallback, the script), for `pass_sigterm_on`."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    found: Any = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, _nothing)
+    handlers = found.signal_handlers if isinstance(found, _HandlersCompose) else [found]
+    own = trainer._signal_connector
+    return [each for each in handlers if callable(each) and each is not _nothing and getattr(each, "__self__", None) is not own]
+
+
+def pass_sigterm_on(handlers: list[Callable[[int, Any], Any]]) -> None:
+    """As if SIGTERM had arrived in this rank between two lines of its script."""
+    for handler in handlers:
+        handler(signal.SIGTERM, None)
+    signal.signal(signal.SIGTERM, _nothing)  # NeMo's puts the earlier one back, which is Lightning's
+
+
+def _nothing(number: int, frame: Any) -> None:
+    """A function, because SIG_IGN would be inherited by what the script starts."""
 
 
 def end_after_this_step(trainer: pl.Trainer) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from lightning_gemini import checks
-from lightning_gemini.agent.memory import END_AT
 from lightning_gemini.agent.messages import Recovered
 from lightning_gemini.compat import lightning as compat
 from lightning_gemini.compat import nemo
@@ -61,6 +60,8 @@ class GeminiBase:
         self.events: EventLog | None = None
         self.recoveries: list[Recovered] = []
         """Recoveries of this job that this rank has been told of, oldest first."""
+        self._on_sigterm: list[Callable[[int, Any], Any]] = []
+        """Handlers of the script and its callbacks; they are called after the step that the agent names."""
         self._accumulating = False
         """Automatic optimization: gradients hold something that the optimizer has not used yet."""
         self._used: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
@@ -125,5 +126,4 @@ class GeminiBase:
 
     def asked_to_end(self) -> bool:
         """Whether the agent wants the job to end after this step."""
-        last = self.link.board.get(self.link.place(self.world.rank), END_AT)
-        return bool(last) and self.engine is not None and self.engine.step >= last
+        return self.engine is not None and 0 < self.link.end_at <= self.engine.step

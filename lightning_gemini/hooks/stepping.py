@@ -26,8 +26,9 @@ class Stepping(GeminiBase):
     """See the module's docstring."""
 
     def on_train_start(self) -> None:
-        """The first boundary."""
+        """The first boundary. Callbacks have had this hook, and have set the handlers that they want."""
         super().on_train_start()  # type: ignore[misc]
+        self._on_sigterm = compat.take_sigterm(self._trainer)
         assert self.engine is not None
         if self.landing is None:
             self.engine.start(self._trainer.global_step)
@@ -123,6 +124,13 @@ class Stepping(GeminiBase):
         return loss  # type: ignore[no-any-return]
 
     def _step(self, attempt: Callable[[], Any], result_of: Callable[[Any], Any], closure: Any) -> Any:
+        out = self._run(attempt, result_of, closure)
+        if self.asked_to_end():  # before the hooks at the end of the batch, in which NeMo's PreemptionCallback saves and ends
+            handlers, self._on_sigterm = self._on_sigterm, []
+            compat.pass_sigterm_on(handlers)
+        return out
+
+    def _run(self, attempt: Callable[[], Any], result_of: Callable[[Any], Any], closure: Any) -> Any:
         engine = self.engine
         assert engine is not None
         run = engine.run

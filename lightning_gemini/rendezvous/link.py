@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 
 from lightning_gemini.agent.channel import Channel
-from lightning_gemini.agent.memory import HEARTBEAT_NS, Board, NodeFiles
+from lightning_gemini.agent.memory import END_AT, HEARTBEAT_NS, Board, NodeFiles
 from lightning_gemini.agent.messages import (
     Assign,
     Begin,
@@ -75,6 +75,12 @@ class Link:
     def place(self, rank: int) -> int:
         """A rank's number on its node."""
         return rank % self.per_node
+
+    @property
+    def end_at(self) -> int:
+        """The step after which the agent wants the job to end, 0 for none."""
+        assert self.rank is not None
+        return self.board.get(self.place(self.rank), END_AT)
 
     def is_here(self, rank: int) -> bool:
         """Whether a rank is on this node."""

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loops import fetchers
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.strategies.launchers import launcher
+from lightning.pytorch.trainer.connectors import signal_connector
 from lightning.pytorch.trainer.connectors.logger_connector import result
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -89,6 +90,7 @@ LIGHTNING: dict[str, list[Find]] = {
     "_dataloader_idx": [lambda t: fetchers._DataLoaderIterDataFetcher()],
     "_logger_connector": [lambda t: t],
     "_signal_connector": [lambda t: t],
+    "_HandlersCompose": [lambda t: signal_connector],
     "_checkpoint_connector": [lambda t: t],
     "_data_fetcher": [lambda t: t.fit_loop],
     "_combined_loader": [lambda t: t.fit_loop],
@@ -134,6 +136,7 @@ UNDOCUMENTED: dict[str, list[Find]] = {
     "reset_iter_state": [lambda t: FSDPModule],
     "reshard": [lambda t: FSDPModule],
     "received_sigterm": [lambda t: t._signal_connector],
+    "signal_handlers": [lambda t: signal_connector._HandlersCompose([])],
     "teardown": [lambda t: t._signal_connector, lambda t: fetchers._DataFetcher],
     "reset_restart_stage": [lambda t: t.fit_loop],
     "on_save_checkpoint": [lambda t: t.fit_loop.epoch_loop],

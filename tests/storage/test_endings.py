@@ -1,0 +1,86 @@
+"""A job that is asked to end leaves a checkpoint of the step after which it ends, and the next one goes on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+from lightning_gemini import GeminiFSDP2Strategy, GeminiStrategy
+from tests.storage.test_jobs import WORLD, checkpoints
+from tests.support.jobs import Recorder, Result, run_job, same
+from tests.support.models import Net, loader
+
+RARELY = 1000
+
+
+class Asks(pl.Callback):
+    """Sends SIGTERM to the agent; all ranks have some steps to go."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 3 and trainer.is_global_zero:
+            os.kill(os.getppid(), signal.SIGTERM)
+
+
+class Leaves(pl.Callback):
+    """As NeMo's PreemptionCallback: told by the signal, it ends this rank itself at the end of a batch."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_train_start(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.asked:
+            (Path(trainer.default_root_dir) / f"left{trainer.global_rank}").write_text(str(trainer.global_step))
+            raise SystemExit(0)
+
+
+def script(directory: Path, fsdp: bool, *callbacks: type[pl.Callback], **options: Any) -> Callable[[], None]:
+    def train() -> None:
+        pl.seed_everything(1)
+        sizes: dict[str, Any] = {"data_parallel_size": WORLD, "tensor_parallel_size": 1} if fsdp else {}
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=WORLD, strategy=(GeminiFSDP2Strategy if fsdp else GeminiStrategy)(**sizes, **options),
+            max_steps=16, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False,
+            default_root_dir=str(directory), callbacks=[*(make() for make in callbacks), Recorder(str(directory))], limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(Net(width=64, fsdp=fsdp), loader())
+
+    return train
+
+
+def job(directory: Path, fsdp: bool, *callbacks: type[pl.Callback], **options: Any) -> Result:
+    return run_job(directory, script(directory, fsdp, *callbacks, **options), WORLD)
+
+
+CASES = {
+    "ddp": (False, [Asks], 1),
+    "fsdp2": (True, [Asks], 1),
+    "without snapshots": (False, [Asks], 0),
+    "a callback ends the ranks": (False, [Asks, Leaves], 1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_step_after_which_a_job_is_ended_is_persisted(tmp_path: Path, case: str) -> None:
+    fsdp, callbacks, every = CASES[case]
+    options = {"persistent": {"url": str(tmp_path / "store"), "every_n_steps": RARELY}, "snapshot": {"every_n_steps": every}}
+    first = job(tmp_path / "first", fsdp, *callbacks, **options)
+    assert first.exit_status == 143 and "ended by signal" in first.output, first.output
+    (step,) = checkpoints(tmp_path / "store")
+    assert 4 <= step < 12, "it went on for long"
+    left = {path.read_text() for path in (tmp_path / "first").glob("left*")}
+    assert left == ({str(step)} if Leaves in callbacks else set()), "handlers are called after the step that is persisted, in all ranks"
+    second = job(tmp_path / "second", fsdp, *callbacks, **options)  # step 3 is behind it
+    assert f"goes on from step {step} " in second.output
+    same(job(tmp_path / "undisturbed", fsdp), second)

@@ -23,10 +23,13 @@ def test_a_signal_ends_all_ranks_after_the_same_step(lab: Lab, nodes: list[int])
         for node in nodes:
             os.kill(job.agents[node], signal.SIGTERM)
 
-    job = lab.run(LONG, 2, spares=1, during=during)
+    store = lab.directory / "store"
+    job = lab.run(LONG, 2, spares=1, during=during, persistent={"url": str(store), "every_n_steps": 100000})
     assert job.statuses == {0: 143, 1: 143, 2: 143}, job.outputs()
     ends = [(job.directory / f"ended{rank}").read_text() for rank in range(4)]
     assert len(set(ends)) == 1 and ends[0].startswith("SIGTERMException"), ends
+    (checkpoint,) = [path.parent.name for path in store.glob("step-*/.metadata")]
+    assert checkpoint.startswith(f"step-{ends[0].split()[1]}."), "it is of the step after which they ended"
 
 
 @pytest.mark.parametrize("code", [0, 3])

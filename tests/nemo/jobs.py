@@ -27,21 +27,21 @@ RANK_0 = "trainer.strategy.faults=[{kind:kill,rank:0,step:4,where:callback},{kin
 """The first while exp_manager's checkpoint is due."""
 
 
-def script(manifests: Path, model: str, *overrides: str) -> Callable[[], None]:
+def script(manifests: Path, model: str, *overrides: str, file: Path = RECIPE / "speech_to_text_ctc.py") -> Callable[[], None]:
     """The user's command line, for a process whose folder is the run's."""
 
     def main() -> None:
         data = [f"data.manifest={manifests}/train.json", f"data.validation={manifests}/validation.json"]
-        sys.argv = [str(RECIPE / "speech_to_text_ctc.py"), "--config-name", model, "exp_manager.exp_dir=exp", *data, *SMALL, *overrides]
+        sys.argv = [str(file), "--config-name", model, "exp_manager.exp_dir=exp", *data, *SMALL, *overrides]
         sys.orig_argv[1:] = sys.argv
         runpy.run_path(sys.argv[0], run_name="__main__")
 
     return main
 
 
-def gemini(directory: Path, manifests: Path, model: str, *overrides: str) -> Result:
+def gemini(directory: Path, manifests: Path, model: str, *overrides: str, **other: Path) -> Result:
     """With an agent; events lie in the run's `exp/<model>/gemini`."""
-    result = run_job(directory, script(manifests, model, *overrides), WORLD)
+    result = run_job(directory, script(manifests, model, *overrides, **other), WORLD)
     result.directory = directory / "exp" / model
     return result
 

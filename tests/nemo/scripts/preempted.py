@@ -1,7 +1,7 @@
 """The recipe's script with NeMo's PreemptionCallback, which `exp_manager` adds where there are GPUs, after it and in the same way.
 
-On CPU it needs an emulation, for NeMo broadcasts a tensor of the current GPU: here it is one of the CPU. At step 3, rank 0 sends SIGTERM to
-the process that the user started. Key of the command line: `+callback=true|false`.
+On CPU it needs an emulation, for NeMo broadcasts a tensor of the current GPU: here it is one of the CPU. At step 4, before a validation,
+rank 0 sends SIGTERM to the process that the user started. Key of the command line: `+callback=true|false`.
 """
 
 import os
@@ -31,7 +31,7 @@ class OnCpu(PreemptionCallback):
 
 class Preempts(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == 3 and trainer.is_global_zero:
+        if trainer.global_step == 4 and trainer.is_global_zero:
             os.kill(os.getppid(), signal.SIGTERM)
 
 

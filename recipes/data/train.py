@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-OmegaConf.register_new_resolver("standard_library", lambda: os.path.dirname(os.__file__))
+OmegaConf.register_new_resolver("standard_library", lambda: os.path.dirname(os.__file__), replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="train")

@@ -88,6 +88,7 @@ def test_data(base: Path, mapped: Result) -> None:
 def test_a_rank_dies_and_another_raises(base: Path, mapped: Result, tier: str) -> None:
     result = gemini(base, tier, f"+recovery={tier}", faults=f"{KILL},{RAISE}")
     assert result.exit_status == 0 and result.injected == 2 and len(result.recoveries) == 2, result.output[-4000:]
+    assert ("no snapshots in memory" in result.output) == (tier == "in_process")
     assert result.ranks == mapped.ranks
     assert {rank: len(pids) for rank, pids in result.pids().items()} == {0: 1, 1: 2}, "a healthy process is kept"
     assert [event["repeated_steps"] for event in result.recoveries] == [0, 0]

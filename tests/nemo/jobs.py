@@ -21,7 +21,6 @@ SMALL = [
     "exp_manager.resume_if_exists=true", "exp_manager.resume_ignore_no_checkpoint=true",
 ]  # fmt: skip
 MODELS = ["quartznet", "conformer_ctc"]
-KILL = "trainer.strategy.faults=[{kind:kill,rank:1,step:5,where:backward}]"
 BOTH = "trainer.strategy.faults=[{kind:kill,rank:1,step:5,where:backward},{kind:raise,rank:0,step:8,where:validation}]"
 RANK_0 = "trainer.strategy.faults=[{kind:kill,rank:0,step:4,where:callback},{kind:kill,rank:0,step:7,where:forward}]"
 """The first while exp_manager's checkpoint is due."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nemo.jobs import BOTH, KILL, MODELS, RANK_0, STEPS, compare, gemini, plain, same
+from tests.nemo.jobs import BOTH, MODELS, RANK_0, STEPS, compare, gemini, plain, same
 from tests.support.jobs import Result
 
 Runs = tuple[str, dict[str, Result]]
@@ -47,7 +47,8 @@ def test_each_step_of_adoption_is_one_option(tmp_path: Path, manifests: Path, un
     if step in ("rendezvous", "data"):
         same(plain(tmp_path, manifests, model, f"+recovery={step}"), runs["plain" if step == "rendezvous" else "mapped"])
         return
-    disturbed = gemini(tmp_path, manifests, model, f"+recovery={step}", KILL)
+    disturbed = gemini(tmp_path, manifests, model, f"+recovery={step}", BOTH)
     same(disturbed, runs["mapped"])
-    assert disturbed.injected == 1 and len(disturbed.recoveries) == 1
+    assert disturbed.injected == 2 and len(disturbed.recoveries) == 2
+    assert ("no snapshots in memory" in disturbed.output) == (step == "in_process")
     assert compare.read(disturbed.directory).step == STEPS

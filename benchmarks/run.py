@@ -17,7 +17,7 @@ from benchmarks.common import CHECK_HEADER, ROOT, Check, load, options, progress
 
 SCRIPTS = (
     *("rendezvous", "reform", "recovery", "snapshot_cost", "endurance", "data", "replication"),
-    *("nodes", "nodes_recovery", "nodes_bytes", "nodes_pace", "nodes_storage", "nodes_rival"),
+    *("llama", "nodes", "nodes_recovery", "nodes_bytes", "nodes_pace", "nodes_storage", "nodes_rival"),
     *(("nemo",) if importlib.util.find_spec("nemo") else ()),  # it has an environment of its own, .venv-nemo
 )
 

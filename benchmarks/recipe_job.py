@@ -1,4 +1,4 @@
-"""The recipe's NeMo script as it is, with a clock beside it, and for NeMo's own way a fault: what to do comes as JSON in `NEMO_BENCH`."""
+"""A recipe's script as it is, with a clock beside it, and for the framework's own way a fault: `RECIPE_BENCH` has what to do, as JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "recipes" / "nemo_asr"
-sys.path[:1] = [str(RECIPE), str(ROOT)]  # not this folder, whose nemo.py is another one
+OPTIONS = json.loads(os.environ["RECIPE_BENCH"])
+SCRIPT = ROOT / OPTIONS["script"]
+sys.path[:1] = [str(SCRIPT.parent), str(ROOT)]  # not this folder, whose nemo.py is another one
 
 
 def watched() -> None:
@@ -20,20 +21,19 @@ def watched() -> None:
 
     from benchmarks.job import Clock, Gate, Injector
 
-    options = json.loads(os.environ["NEMO_BENCH"])
-    directory = Path(options["directory"])
+    directory = Path(OPTIONS["directory"])
 
     class Fault(pl.Callback):
         """What our strategy's faults do; before the step, where it is dearest to nobody."""
 
         def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-            Injector(directory, options["kind"], options["fault_steps"], 2)(trainer.global_rank, trainer.global_step)
+            Injector(directory, OPTIONS["kind"], OPTIONS["fault_steps"], OPTIONS["ranks"])(trainer.global_rank, trainer.global_step)
 
     original = pl.Trainer.fit
 
     @functools.wraps(original)
     def fit(self: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self.callbacks += [Gate(directory, options["gates"]), Fault(), Clock(directory)]  # type: ignore[attr-defined]
+        self.callbacks += [Gate(directory, OPTIONS["gates"]), Fault(), Clock(directory)]  # type: ignore[attr-defined]
         original(self, *args, **kwargs)
 
     pl.Trainer.fit = fit  # type: ignore[method-assign]
@@ -41,5 +41,5 @@ def watched() -> None:
 
 if __name__ == "__main__":
     watched()
-    script = RECIPE / "speech_to_text_ctc.py"  # not by runpy, which changes sys.argv: Lightning's ddp starts its other ranks by it
-    exec(compile(script.read_text(), str(script), "exec"))
+    # not by runpy, which changes sys.argv: Lightning's ddp starts its other ranks by it
+    exec(compile(SCRIPT.read_text(), str(SCRIPT), "exec"))

@@ -61,6 +61,9 @@ class Llama(L.LightningModule):
         warmup_steps: int = 10,
     ) -> None:
         super().__init__()
+        if lora:  # peft and what it makes on first use: a spare has it ahead of time, and needs none of it when it takes a rank
+            with torch.device("meta"):
+                build(net, lora)
         self.save_hyperparameters()
         self.options, self.lora, self.weights, self.replicate, self.seed = net, lora, weights, replicate, seed
         self.checkpoint_activations, self.compile_backend = checkpoint_activations, compile

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lightning_gemini.recovery.memory import Memory
 from tests.multinode.lab import Lab
 from tests.multinode.models import Recipe
 from tests.support.campaign import more
@@ -38,3 +41,25 @@ def test_fault(lab: Lab, layout: str, kind: str, where: str, step: int, rank: in
     job = lab.run(recipe, 2, faults=faults)
     assert job.injected == 1
     lab.same(recipe, job, recoveries=1, replaced=[] if kind == "raise" else [rank])
+
+
+def _noting_drains(target: Callable[[], None]) -> None:
+    original = Memory.drain
+
+    def drain(self: Memory, *args: Any, **options: Any) -> None:
+        Path(f"drained-{self.rank}").touch()  # in the job's directory
+        original(self, *args, **options)
+
+    Memory.drain = drain  # type: ignore[method-assign]
+    target()
+
+
+@pytest.mark.parametrize("per_node", [1, 2])
+def test_a_step_is_copied_at_once_where_no_other_rank_of_the_node_has_it(lab: Lab, per_node: int) -> None:
+    """So whoever dies right after it, while a copy in the background would have been under way, costs no completed step."""
+    recipe = Recipe("ddp", 2 * per_node)
+    faults: list[Any] = [{"kind": "kill", "rank": 1, "step": 3, "where": "before_step"}]
+    job = lab.run(recipe, 2, faults=faults, wrapped=_noting_drains, replication={"when_behind": "wait"})
+    assert bool(list(job.directory.glob("drained-*"))) == (per_node == 2)
+    assert job.injected == 1
+    lab.same(recipe, job, recoveries=1, replaced=[1])

@@ -27,7 +27,8 @@ from lightning.pytorch.loops.progress import _BaseProgress
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from torch import nn
 
-_RESTART_FLAGS = ("_restarting", "_loaded_from_state_dict", "_resuming_from_checkpoint")
+_RESTART_FLAGS = ("_restarting", "_loaded_from_state_dict", "_resuming_from_checkpoint", "_restart_stage")
+"""Set where `fit` goes on from a checkpoint; the loops look at them until the end of the epoch."""
 
 
 def _loops(loop: _Loop, path: str = "fit") -> Iterator[tuple[str, _Loop]]:
@@ -42,7 +43,8 @@ def capture_loops(trainer: pl.Trainer) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for path, loop in _loops(trainer.fit_loop):
         progress = {name: value.state_dict() for name, value in vars(loop).items() if isinstance(value, _BaseProgress)}
-        state[path] = {"progress": progress, "own": loop.on_save_checkpoint() if path != "fit" else {}}
+        flags = {name: getattr(loop, name) for name in _RESTART_FLAGS if hasattr(loop, name)}
+        state[path] = {"progress": progress, "own": loop.on_save_checkpoint() if path != "fit" else {}, "flags": flags}
         results = getattr(loop, "_results", None) if "_results" in vars(loop) else None
         if results is not None:
             state[path]["results"] = dict(results)
@@ -51,7 +53,7 @@ def capture_loops(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def restore_loops(trainer: pl.Trainer, state: dict[str, Any]) -> None:
-    """Put back what `capture_loops` took, in place, and disarm Lightning's restart logic."""
+    """Put back what `capture_loops` took, in place; what `position_loops` has armed is as it was there."""
     for path, loop in _loops(trainer.fit_loop):
         saved = state[path]
         for name, progress in saved["progress"].items():
@@ -63,11 +65,8 @@ def restore_loops(trainer: pl.Trainer, state: dict[str, Any]) -> None:
             results.clear()
             results.update(saved["results"])
             results.training, results.batch_size, results.dataloader_idx = saved["results_meta"]
-        for flag in _RESTART_FLAGS:
-            if hasattr(loop, flag):
-                setattr(loop, flag, False)
-        if hasattr(loop, "reset_restart_stage"):
-            loop.reset_restart_stage()
+        for flag, value in saved["flags"].items():
+            setattr(loop, flag, value)
     trainer.fit_loop.epoch_loop.__dict__.pop("_should_check_val_fx", None)
 
 
@@ -208,7 +207,7 @@ def finish_saved_batch(trainer: pl.Trainer) -> None:
     progress = loop.batch_progress
     now: Any = progress.current  # declared as a tracker that counts less
     used = now.ready == now.processed == now.completed + 1
-    if hasattr(fit, "reset_restart_stage") or not fit.restarting or not used:
+    if hasattr(fit, "_restart_stage") or not fit.restarting or not used:
         return
     if not loop._should_accumulate():
         loop._batches_that_stepped += 1

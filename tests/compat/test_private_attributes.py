@@ -30,7 +30,7 @@ from lightning_gemini.compat.torch import OBJECT_BROADCASTS
 
 PACKAGE = Path(__file__).parents[2] / "lightning_gemini"
 VERSIONS = f"lightning {lightning.__version__}, torch {torch.__version__}"
-SINCE = {name: (2, 5) for name in ("_loaded_from_state_dict", "_resuming_from_checkpoint", "reset_restart_stage")}
+SINCE = {name: (2, 5) for name in ("_loaded_from_state_dict", "_resuming_from_checkpoint", "_restart_stage")}
 """Lightning before that has nothing to disarm there."""
 PRIVATE = re.compile(r"_[A-Za-z]\w*")
 
@@ -102,6 +102,7 @@ LIGHTNING: dict[str, list[Find]] = {
     "_restarting": [lambda t: t.fit_loop, lambda t: t.fit_loop.epoch_loop],
     "_loaded_from_state_dict": [lambda t: t.fit_loop],
     "_resuming_from_checkpoint": [lambda t: t.fit_loop],
+    "_restart_stage": [lambda t: t.fit_loop, lambda t: t.fit_loop.epoch_loop, lambda t: t.fit_loop.epoch_loop.val_loop],
     "_result": [lambda t: Closure(lambda: ClosureResult(None))],
     "_version": [lambda t: t.logger],
     "_experiment": [lambda t: t.logger],
@@ -138,7 +139,6 @@ UNDOCUMENTED: dict[str, list[Find]] = {
     "received_sigterm": [lambda t: t._signal_connector],
     "signal_handlers": [lambda t: signal_connector._HandlersCompose([])],
     "teardown": [lambda t: t._signal_connector, lambda t: fetchers._DataFetcher],
-    "reset_restart_stage": [lambda t: t.fit_loop],
     "on_save_checkpoint": [lambda t: t.fit_loop.epoch_loop],
     "on_load_checkpoint": [lambda t: t.fit_loop.epoch_loop],
     "batch_progress": [lambda t: t.fit_loop.epoch_loop],

@@ -94,6 +94,8 @@ class MappedLoader(PositionedLoader):
         self._name, self._previous = "", ""
         self._feed: Feed | None = None
         self._previous_feed: Feed | None = None
+        self._checkpointed: dict[str, Any] | None = None
+        """What a checkpoint says, in the epoch that goes on from it."""
         self._pin = bool(getattr(loader, "pin_memory", False)) and torch.cuda.is_available()
         if getattr(loader, "pin_memory", False):
             loader.pin_memory = False  # the feeder must not touch the device; it is done here
@@ -101,10 +103,13 @@ class MappedLoader(PositionedLoader):
     # ---- positions
 
     def position(self, ahead: int = 0) -> dict[str, Any]:
-        """As `PositionedLoader.position`; the record says how to make the batch again where no feeder has it."""
+        """As `PositionedLoader.position`; the record says how to make the batch again where no feeder has it. `saved`: before the first
+        batch since a checkpoint, what that says."""
+        record = self._record(ahead)
         place = {"index": self._index, "feeds": self._feeds, "name": self._name, "previous": self._previous}
         generators = {"at_iter": self._at_iter, "started": self._after_iter}
-        return {"count": self._count - ahead, "record": self._record(ahead), **generators, **place}
+        saved = self._checkpointed if record is None else None
+        return {"count": self._count - ahead, "record": record, "saved": saved, **generators, **place}
 
     def _record(self, ahead: int) -> Any:
         return self._records[-(ahead + 1)] if len(self._records) > ahead else None
@@ -130,7 +135,7 @@ class MappedLoader(PositionedLoader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin there. Raises `ValueError` for the state of another kind of loader."""
-        self._begin = checkpoint.unpack(state)
+        self._begin = self._checkpointed = checkpoint.unpack(state)
         self._stream.resumed()
 
     # ---- iterating
@@ -140,6 +145,7 @@ class MappedLoader(PositionedLoader):
         self._generators = held_by(self._loader)
         if begin is None:
             rng.restore_private(self._generators, self._held())
+            self._checkpointed = None
         self._records.clear()
         self._ended = None
         self._count = 0
@@ -173,8 +179,10 @@ class MappedLoader(PositionedLoader):
         self._index, self._feeds = position["index"], position["feeds"]
         _Numbers.next = max(_Numbers.next, self._index + 1)  # later loaders of this process are numbered as those of its peers
         self._name, self._previous = position["name"], position["previous"]
-        self._at_iter = position["at_iter"]
-        if position["count"]:
+        self._at_iter, self._checkpointed = position["at_iter"], position["saved"]
+        if self._checkpointed is not None:
+            yield from self._saved(self._checkpointed)
+        elif position["count"]:
             self._count = position["count"] - 1
             yield from self._batches(position["record"]["position"], self._name)
         else:

@@ -138,13 +138,13 @@ def test_every_sample_once(tmp_path: Path, whole: tuple[str, Result], step: int)
         assert (first["params"], first["rng"], first["steps"]) == (second["params"], second["rng"], second["steps"])
 
 
-@pytest.mark.parametrize("where", ["forward", "before_step"])
-def test_with_our_strategy_too(tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize(("kind", "where"), [("kill", "forward"), ("kill", "before_step"), ("raise", "before_step")])
+def test_with_our_strategy_too(tmp_path: Path, kind: str, where: str) -> None:
     """The job is resumed in mid-epoch, then a rank dies in it: in its first step, or before that."""
 
     def run(name: str, resume: Path | None, *faults: Any) -> Result:
         directory = tmp_path / name
-        strategy = [{"kind": "kill", "rank": 1, "step": step, "where": where} for step in faults]
+        strategy = [{"kind": kind, "rank": 1, "step": step, "where": where} for step in faults]
         make = DATA["with workers"][0]
         result = run_job(directory, lambda: train(directory, make, 2, resume, GeminiStrategy(faults=strategy)), 2)  # type: ignore[arg-type]
         assert result.exit_status == 0 and result.injected == len(faults) == len(result.recoveries), result.output[-4000:]

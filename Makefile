@@ -85,5 +85,5 @@ chaos: $(STAMP)
 	GEMINI_CHAOS=$(RUNS) $(BIN)/python -m pytest -q -m campaign
 
 clean:
-	rm -rf $(VENV) $(NEMO_VENV) $(NEMO_LLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(addprefix $(VENV)-,$(LIGHTNINGS)) $(NEMO_VENV) $(NEMO_LLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

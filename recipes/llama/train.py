@@ -4,6 +4,7 @@ An ordinary Lightning + Hydra script. Of ``lightning_gemini`` it uses a data mod
 command line.
 """
 
+import importlib.util
 import os
 from typing import Any
 
@@ -17,6 +18,9 @@ OmegaConf.register_new_resolver("standard_library", lambda: os.path.dirname(os._
 
 def check(cfg: DictConfig) -> None:
     """Raise `ValueError` for parallel sizes that do not fit, and for a recipe of GPUs without one. Fills in sizes that are "auto"."""
+    for package in ("transformers", *(["peft"] if cfg.model.get("lora") else [])):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is not installed: pip install 'lightning_gemini[llama]'")
     trainer, strategy = cfg.trainer, cfg.trainer.strategy
     world, replicate = trainer.devices * trainer.num_nodes, cfg.model.replicate
     if trainer.accelerator == "gpu" and torch.cuda.device_count() < trainer.devices:
@@ -45,7 +49,10 @@ def check(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path="config", config_name="train")
 def main(cfg: DictConfig) -> None:
-    check(cfg)
+    try:
+        check(cfg)
+    except ValueError as error:
+        raise SystemExit(f"llama: {error}") from None
     torch.set_num_threads(1)
     L.seed_everything(cfg.seed, workers=True)
     data: L.LightningDataModule = hydra.utils.instantiate(cfg.data)

@@ -15,8 +15,10 @@ def problem() -> str | None:
         nemo = version("nemo_toolkit")
     except PackageNotFoundError:
         return f"NeMo (nemo_toolkit) is not installed: {_REMEDY}"
+    if not nemo.startswith("3."):
+        return f"nemo_toolkit {nemo} is installed, and this recipe is for 3.x: {_REMEDY}; for language models see recipes/nemo_llm"
     lightning = version("lightning")
-    if nemo.startswith("3.") and not (2, 4) <= _release(lightning) < (2, 6):
+    if not (2, 4) <= _release(lightning) < (2, 6):
         return f"lightning {lightning} does not work with nemo_toolkit {nemo}, which needs lightning>=2.4,<2.6: {_REMEDY}"
     return None
 

@@ -34,7 +34,7 @@ class MappedData(Callback):
 
 
 class NeMoLanguageModels(Callback):
-    """What is installed. Hydra's own error for a class that cannot be imported leaves out why, and NeMo 3 would not let it make the class."""
+    """What is installed. Hydra's own error for a class that cannot be imported leaves out why, and NeMo 3 would not let it be made."""
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Before the user's function."""

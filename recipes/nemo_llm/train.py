@@ -15,8 +15,8 @@ from lightning_gemini.nemo.versions import require_nemo
 
 
 def trainer_of(cfg: DictConfig) -> Any:
-    """The Trainer, once the machine and what is installed have been looked at; one line says what is wrong. It comes before models and data:
-    their tokenizers may be downloaded."""
+    """The Trainer, once the machine and what is installed have been looked at; one line says what is wrong. It comes before models and
+    data: their tokenizers may be downloaded."""
     try:
         require_runnable(OmegaConf.to_container(cfg.trainer, resolve=True), torch.cuda.device_count())
         require_nemo()

@@ -47,7 +47,8 @@ def plain(base: Path, name: str, *overrides: str) -> Result:
 
 
 def gemini(base: Path, name: str, *overrides: str, faults: str) -> Result:
-    return run_job(base / name, script(base, *overrides, f"trainer.strategy.faults=[{faults}]", "trainer.strategy.recovery.spares=2"), WORLD)
+    overrides = (*overrides, f"trainer.strategy.faults=[{faults}]", "trainer.strategy.recovery.spares=2")
+    return run_job(base / name, script(base, *overrides), WORLD)
 
 
 def tcpstore(result: Result) -> set[str]:

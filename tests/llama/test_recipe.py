@@ -105,5 +105,5 @@ def test_one_error_and_no_process(tmp_path: Path, name: str) -> None:
     line = [sys.executable, str(RECIPE / "train.py"), f"hydra.run.dir={tmp_path}", *overrides]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(line, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1 and done.stderr.count(message) == 1, done.stderr
+    assert done.returncode == 1 and done.stderr.count(f"llama: {message}") == 1 and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "gemini").exists()

@@ -1,4 +1,4 @@
-"""The script as its user runs it: real processes, the strategy by its name, exp_manager's own resume, wrong input."""
+"""The script as its user runs it: real processes, the strategy by its name, exp_manager's own resume."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FAULTS = "trainer.strategy.faults=[{kind:kill,rank:1,step:5,where:backward},{kin
 """The second makes rank 0 enter `fit` again, in a process in which NeMo's telemetry is on."""
 
 
-def run(folder: Path, manifests: Path, *overrides: str, script: str = "speech_to_text_ctc.py") -> subprocess.CompletedProcess[str]:
+def run(folder: Path, manifests: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     data = [f"data.manifest={manifests}/train.json", f"data.validation={manifests}/validation.json"]
     small = ["exp_manager.exp_dir=exp", "+trainer.limit_val_batches=1", "data.batch_size=4"]
-    line = [sys.executable, str(RECIPE / script), *data, *small, *overrides]
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    line = [sys.executable, str(RECIPE / "speech_to_text_ctc.py"), *data, *small, *overrides]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
@@ -40,44 +40,3 @@ def test_the_strategy_s_name_is_enough_and_exp_manager_resumes(tmp_path: Path, m
     assert [path.name for path in folder.glob("run_*")] == ["run_0"], "an earlier run's log files are moved once"
     events = [json.loads(line)["event"] for line in (folder / "gemini" / "agent.jsonl").read_text().splitlines()]
     assert events.count("recovered") == 2
-
-
-def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    output = result.stdout + result.stderr
-    assert result.returncode == 1 and "warm spare" not in output and "Traceback (most recent call last)" not in output, output[-3000:]
-    for word in words:
-        assert word in output, output[-3000:]
-
-
-def test_a_manifest_with_missing_recordings(tmp_path: Path, manifests: Path) -> None:
-    broken = tmp_path / "broken.json"
-    broken.write_text(json.dumps({"audio_filepath": "gone.wav", "duration": 1.0, "text": "one"}) + "\n")
-    result = run(tmp_path, manifests, "+recovery=gemini", f"data.manifest={broken}")
-    refused(result, "nemo_asr: model.train_ds.manifest_filepath=", "1 of 1 recordings are missing", "gone.wav", "audio_filepath")
-    assert not (tmp_path / "exp").exists()
-
-
-def test_a_recipe_for_gpus_without_one(tmp_path: Path, manifests: Path) -> None:
-    result = run(tmp_path, manifests, "+recovery=gemini", "trainer.accelerator=gpu")
-    refused(result, "nemo_asr: trainer.accelerator=gpu with trainer.devices=2, but this machine has 0 GPUs", "trainer.accelerator=cpu")
-    assert not (tmp_path / "exp").exists()
-
-
-@pytest.mark.parametrize(
-    ("packages", "words"),
-    [
-        ({"lightning": "2.5.6"}, ["NeMo (nemo_toolkit) is not installed", "make venv-nemo"]),
-        ({"lightning": "2.4.0", "nemo_toolkit": "2.5.3"}, ["nemo_toolkit 2.5.3 is installed", "for 3.x", "recipes/nemo_llm"]),
-        ({"lightning": "2.6.6", "nemo_toolkit": "3.0.0"}, ["lightning 2.6.6 does not work with nemo_toolkit 3.0.0", "<2.6"]),
-    ],
-)
-def test_nemo_absent_or_a_wrong_lightning(tmp_path: Path, packages: dict[str, str], words: list[str]) -> None:
-    """An interpreter that sees only these packages."""
-    for name, version in packages.items():
-        info = tmp_path / f"{name}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    line = [sys.executable, "-S", str(RECIPE / "speech_to_text_ctc.py"), "+recovery=gemini"]
-    result = subprocess.run(line, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    refused(result, "nemo_asr:", *words)

@@ -54,6 +54,10 @@ def _start(directory: Path, log: Path, target: Callable[[], None], world: int, r
                        "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
         target()
         status = 0
+    except SystemExit as end:  # as the interpreter does
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -6,7 +6,7 @@ deadlines.
 
 What happens when a process ends: a rank inside `fit` -> recovery; a rank with exit status 0 elsewhere -> it is done; a rank that exits
 with an error outside `fit` -> the script's own failure, the job ends with its status; a spare -> replaced by a new one.
-SIGTERM and SIGINT end the job in Lightning's own way, all ranks after the same step, within `_GRACE_S`.
+SIGTERM and SIGINT end the job in Lightning's own way, all ranks after the same step, within `_GRACE_S`; then storage has its time.
 A node that is expelled ends its processes at once; `run` then returns None, and whoever called it may offer the node again.
 """
 
@@ -168,8 +168,12 @@ class Supervisor:
 
     def _on_last_after_signal(self) -> None:
         if self.node.ending_since is not None and not self.crew.ranks():
-            status = 128 + (self._terminating or signal.SIGTERM)
-            self.node.persisting.finish(lambda: self.node.end(status, "ended by signal"))
+            self.node.persisting.finish(self._end_after_signal)
+
+    def _end_after_signal(self) -> None:
+        path = self.node.persisting.newest[1]
+        where = f", the newest checkpoint is {path}" if path else ""
+        self.node.end(128 + (self._terminating or signal.SIGTERM), f"ended by signal{where}")
 
     def _on_spare_exit(self, member: Member, code: int) -> None:
         self.crew.members.remove(member)

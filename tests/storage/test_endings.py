@@ -80,6 +80,7 @@ def test_the_step_after_which_a_job_is_ended_is_persisted(tmp_path: Path, case: 
     first = job(tmp_path / "first", fsdp, *callbacks, **options)
     assert first.exit_status == 143 and "ended by signal" in first.output, first.output
     (step,) = checkpoints(tmp_path / "store")
+    assert f"the newest checkpoint is {tmp_path}/store/step-{step}." in first.output
     assert 4 <= step < 12, "it went on for long"
     left = {path.read_text() for path in (tmp_path / "first").glob("left*")}
     assert left == ({str(step)} if Leaves in callbacks else set()), "handlers are called after the step that is persisted, in all ranks"

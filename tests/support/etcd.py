@@ -161,7 +161,7 @@ class Etcd:
     def leads(self) -> bool:
         """Whether it is its cluster's leader."""
         status = self.ask("maintenance/status")
-        return status["header"]["member_id"] == status.get("leader")
+        return bool(status["header"]["member_id"] == status.get("leader"))
 
     def protect(self, user: str, password: str, prefix: str) -> None:
         """From now on only `user` may read and write, and only below `prefix`."""

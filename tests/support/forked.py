@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import traceback
@@ -22,7 +23,7 @@ class Ranks:
             if pid == 0:
                 try:
                     signal.alarm(limit_s)
-                    body(rank, lambda text, writer=writer: os.write(writer, f"{text}\n".encode()) and None)  # type: ignore[misc]
+                    body(rank, functools.partial(_tell, writer))
                 except BaseException:
                     os.write(writer, traceback.format_exc().encode())
                 finally:
@@ -46,3 +47,7 @@ class Ranks:
             os.waitpid(pid, 0)
         for pipe in self.pipes:
             os.close(pipe)
+
+
+def _tell(writer: int, text: str) -> None:
+    os.write(writer, f"{text}\n".encode())

@@ -63,7 +63,7 @@ def run_job(
     log = directory / "output.txt"
     pid = os.fork()
     if pid == 0:
-        status = 99
+        code = 99
         try:
             os.setsid()
             fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -71,11 +71,11 @@ def run_job(
             os.dup2(fd, 2)
             sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
             os.chdir(directory)
-            status = Supervisor(ForkSpawner(target), world, storage=storage_process).run()
+            code = Supervisor(ForkSpawner(target), world, storage=storage_process).run()
         except BaseException:
             traceback.print_exc()
         finally:
-            os._exit(status)
+            os._exit(code)
     deadline = time.monotonic() + timeout_s
     status: int | None = None
     if during is not None:

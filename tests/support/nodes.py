@@ -203,7 +203,7 @@ class Nodes:
         run(*tc, "qdisc", "replace", "dev", self.interface, "root", "handle", "1:", "htb", "default", "1")
         for name, limit in (("1:1", "1gbit"), ("1:2", rate)):
             run(*tc, "class", "add", "dev", self.interface, "parent", "1:", "classid", name, "htb", "rate", limit)
-        rules = [("1", "u16", "0", "0xff00", "at", "2", "flowid", "1:1")]  # no longer than 255 bytes
+        rules: list[tuple[str, ...]] = [("1", "u16", "0", "0xff00", "at", "2", "flowid", "1:1")]  # no longer than 255 bytes
         rules += [("2", "ip", end, str(port), "0xffff", "flowid", "1:2") for end in ("dport", "sport") for port in ports]
         for prio, *match in rules:
             run(*tc, "filter", "add", "dev", self.interface, "parent", "1:", "protocol", "ip", "prio", prio, "u32", "match", *match)

@@ -71,7 +71,8 @@ def run_job(
             os.dup2(fd, 2)
             sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
             os.chdir(directory)
-            code = Supervisor(ForkSpawner(target), world, storage=storage_process).run()
+            found = Supervisor(ForkSpawner(target), world, storage=storage_process).run()
+            code = 99 if found is None else found
         except BaseException:
             traceback.print_exc()
         finally:

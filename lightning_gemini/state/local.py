@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import logging
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from lightning_gemini.state import codec, rng
 from lightning_gemini.state.catalogue import parameters_of
 from lightning_gemini.state.modules import ModuleState
 
+log = logging.getLogger(__name__)
 _SIZE = struct.Struct("<Q")
 """Of what set-up reads alone, before the rest."""
 _PLAIN = (int, float, bool, str, bytes, complex, type(None))
@@ -96,6 +98,7 @@ class LocalState:
             "generators": rng.capture_private(self._generators),
             "loops": compat.capture_loops(trainer),
             "metrics": compat.capture_metrics(trainer),
+            "callback_names": [_name(callback) for callback in trainer.callbacks],  # type: ignore[attr-defined]
             "callbacks": [callback.state_dict() for callback in trainer.callbacks],  # type: ignore[attr-defined]
             "callback_attributes": [
                 _since(initial, _attributes(callback))
@@ -184,11 +187,15 @@ class LocalState:
         trainer, state = self.trainer, boundary.state
         compat.restore_loops(trainer, state["loops"])
         compat.restore_metrics(trainer, state["metrics"])
-        rows = zip(trainer.callbacks, state["callbacks"], copy.deepcopy(self._initial), state["callback_attributes"], strict=True)  # type: ignore[attr-defined]
-        for callback, saved, initial, (changed, unchanged) in rows:
+        rows = zip(trainer.callbacks, copy.deepcopy(self._initial), strict=True)  # type: ignore[attr-defined]
+        for (callback, initial), place in zip(rows, self._places_of_callbacks(state["callback_names"]), strict=True):
+            if place is None:
+                continue
+            saved, (changed, unchanged) = state["callbacks"][place], state["callback_attributes"][place]
             if saved and not compat.is_clock(callback):
                 callback.load_state_dict(saved)
             vars(callback).update({name: initial[name] for name in unchanged if name in initial} | changed)
+        _require_as_many("learning rate schedulers", len(state["schedulers"]), len(trainer.lr_scheduler_configs))
         for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(saved)
         optimizers = compat.unwrap_optimizers(trainer)
@@ -217,6 +224,28 @@ class LocalState:
             trainer.strategy.restore_rank_state(state["strategy"])  # type: ignore[attr-defined]
         rng.restore_private(self._generators, state["generators"])
         rng.restore(state["rng"], trainer.strategy.root_device)
+
+    def _places_of_callbacks(self, saved: list[str]) -> list[int | None]:
+        """For each callback, where its state is. They are the same in a recovery; a job that goes on from a checkpoint may have others."""
+        mine, places = [_name(callback) for callback in self.trainer.callbacks], dict[str, list[int]]()  # type: ignore[attr-defined]
+        for place, name in enumerate(saved):
+            places.setdefault(name, []).append(place)
+        found = [places[name].pop(0) if places.get(name) else None for name in mine]
+        lost, new = sorted(name for name, rest in places.items() if rest), [n for n, p in zip(mine, found, strict=True) if p is None]
+        if (lost or new) and self.trainer.is_global_zero:
+            log.warning("callbacks have changed since the checkpoint was written: state of %s is not used, %s begin without any", lost, new)
+        return found
+
+
+def _name(callback: pl.Callback) -> str:
+    return f"{type(callback).__module__}.{type(callback).__qualname__}"
+
+
+def _require_as_many(what: str, saved: int, mine: int) -> None:
+    if saved != mine:
+        raise ValueError(
+            f"the state was saved with {saved} {what}, this job has {mine}: give it as many, or begin anew (persistent.resume=never)"
+        )
 
 
 def _head_size(data: bytes) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class Leaves(pl.Callback):
 
 def script(directory: Path, fsdp: bool, *callbacks: type[pl.Callback], **options: Any) -> Callable[[], None]:
     def train() -> None:
+        logging.basicConfig(force=True)  # else pytest's own handler has it
         pl.seed_everything(1)
         sizes: dict[str, Any] = {"data_parallel_size": WORLD, "tensor_parallel_size": 1} if fsdp else {}
         trainer = pl.Trainer(
@@ -87,3 +89,13 @@ def test_the_step_after_which_a_job_is_ended_is_persisted(tmp_path: Path, case: 
     second = job(tmp_path / "second", fsdp, *callbacks, **options)  # step 3 is behind it
     assert f"goes on from step {step} " in second.output
     same(job(tmp_path / "undisturbed", fsdp), second)
+
+
+def test_the_next_job_has_other_callbacks(tmp_path: Path) -> None:
+    """Each gets its own state, whatever its place in the list; a new one begins, one that is missed is named."""
+    options = {"persistent": {"url": str(tmp_path / "store"), "every_n_steps": RARELY}}
+    assert job(tmp_path / "first", False, Asks, **options).exit_status == 143
+    second = job(tmp_path / "second", False, Leaves, Leaves, **options)
+    assert "callbacks have changed since the checkpoint was written" in second.output
+    assert "state of ['tests.storage.test_endings.Asks'] is not used" in second.output
+    same(job(tmp_path / "undisturbed", False), second)

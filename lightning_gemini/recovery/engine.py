@@ -131,11 +131,7 @@ class Engine:
 
     def _tensors_due(self, step: int) -> bool:
         every = self.config.snapshot.every_n_steps
-        return bool(every and step % every == 0) or self._persisted_at(step)
-
-    def _persisted_at(self, step: int) -> bool:
-        """Whether a boundary goes to persistent storage: by the cadence, or because the agent wants the job to end there."""
-        return self.config.persistent.due(step) or bool(self.config.persistent.url and 0 < step == self.link.end_at)
+        return bool(every and step % every == 0) or self.memory.persisted(step)
 
     def _may_capture(self) -> bool:
         """Whether the next boundary's tensors may overwrite the snapshot before the newest one. Not while that is being persisted. And on
@@ -249,7 +245,7 @@ class Engine:
 
     def persist_due(self) -> bool:
         """Whether the present boundary is one that goes to persistent storage, and its tensors are in memory or on their way there."""
-        return self._persisted_at(self.step) and self.memory.capturing == self.step
+        return self.memory.persisted(self.step) and self.memory.capturing == self.step
 
     # ---- recovery
 

@@ -158,9 +158,13 @@ class Memory:
         self.link.board.set(self.place, DONORS, pack_places(self.link.place(rank) for rank in mine.donors))
         return mine
 
+    def persisted(self, step: int) -> bool:
+        """Whether a boundary goes to persistent storage: by the cadence, or because the agent wants the job to end there."""
+        return self.persistent.due(step) or bool(self.persistent.url and 0 < step == self.link.end_at)
+
     def _state(self, step: int) -> list[Entry]:
         """What the snapshot of `step` has: what a step may change; all, where it is persisted, because a checkpoint is a whole model."""
-        return self.entries() if self.persistent.due(step) else self.frozen.state(self.entries())
+        return self.entries() if self.persisted(step) else self.frozen.state(self.entries())
 
     def begin(self) -> None:
         """The first boundary."""

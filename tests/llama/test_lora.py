@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -105,6 +108,25 @@ def test_a_checkpoint_has_the_whole_model(tmp_path: Path, undisturbed: Callable[
     second = replace(job, options={"persistent": {**persistent, "every_n_steps": 1000}}, own_base=True).run(tmp_path / "second")
     assert "goes on from step 2" in second.output
     same(undisturbed(job), second)
+
+
+class Asks(pl.Callback):
+    """Sends SIGTERM to the agent, some steps before the end."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2 and trainer.is_global_zero:
+            os.kill(os.getppid(), signal.SIGTERM)
+
+
+def test_the_checkpoint_of_a_job_that_a_signal_has_ended_has_the_base_too(tmp_path: Path, undisturbed: Callable[[Job], Result]) -> None:
+    """Although that step is none of its cadence. The next job builds another base, and goes on with the first one's."""
+    longer = replace(DDP, steps=12)
+    job = replace(longer, options={"persistent": {"url": str(tmp_path / "store"), "every_n_steps": 1000}})
+    first = run_job(tmp_path / "first", lambda: job.train(tmp_path / "first", [], Asks()), job.world)
+    assert first.exit_status == 143, first.output
+    second = replace(job, own_base=True).run(tmp_path / "second")
+    assert "goes on from step" in second.output
+    same(undisturbed(longer), second)
 
 
 @pytest.mark.parametrize("own_base", [False, True])

@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import lightning.pytorch  # noqa: F401  warm parent: ranks are forked from here
 import psutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import lightning_gemini  # noqa: F401
+from tests.support.etcd import Etcd, require_etcd
 from tests.support.peers import Peers
 
 torch.set_num_threads(1)
@@ -57,6 +59,15 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     for name in set(os.environ) - set(environment):
         if name.startswith(("LIGHTNING_GEMINI", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")):
             raise AssertionError(f"environment variable {name} left behind")
+
+
+@pytest.fixture
+def etcd(tmp_path: Path) -> Iterator[Etcd]:
+    """A real one, of one member, that serves soon after its start."""
+    require_etcd()
+    server = Etcd(tmp_path / "etcd", flags=("--heartbeat-interval", "10", "--election-timeout", "100", "--unsafe-no-fsync"))
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,10 @@ from tests.llama.models import LORA, Job, llama, seen
 from tests.multinode.models import Saboteur, Strike
 from tests.support.campaign import more
 from tests.support.cluster import on_nodes
-from tests.support.etcd import Etcd, require_etcd
+from tests.support.etcd import Etcd
 from tests.support.jobs import Result, run_job, same
 
 DDP = Job(model={"lora": LORA})
-
-
-@pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[Etcd]:
-    require_etcd()
-    server = Etcd(tmp_path / "etcd", flags=("--heartbeat-interval", "10", "--election-timeout", "100", "--unsafe-no-fsync"))
-    yield server
-    server.stop()
 
 
 @pytest.mark.parametrize("job", [DDP, Job("fsdp", model={"lora": LORA})], ids=["ddp", "fsdp2"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,11 @@ import pytest
 from tests.multinode.models import Saboteur, Strike
 from tests.nemo_llm.jobs import job, run
 from tests.support.cluster import on_nodes
-from tests.support.etcd import Etcd, require_etcd
+from tests.support.etcd import Etcd
 
 pytestmark = [pytest.mark.usefixtures("nemo"), pytest.mark.timeout(300)]
 
 TP = {"tensor_model_parallel_size": 2}
-
-
-@pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[Etcd]:
-    require_etcd()
-    server = Etcd(tmp_path / "etcd", flags=("--heartbeat-interval", "10", "--election-timeout", "100", "--unsafe-no-fsync"))
-    yield server
-    server.stop()
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -20,14 +18,6 @@ from tests.support.meeting import free_port, summed, told
 
 ELSEWHERE = {"MASTER_ADDR": "no-such-host.invalid"}
 """As under a launcher that spreads ranks over hosts and does not tell which."""
-
-
-@pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[Etcd]:
-    require_etcd()
-    server = Etcd(tmp_path)
-    yield server
-    server.stop()
 
 
 def test_ranks_meet_with_no_hosts_known(etcd: Etcd) -> None:

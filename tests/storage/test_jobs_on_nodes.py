@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,11 @@ import pytest
 from lightning_gemini import GeminiFSDP2Strategy, GeminiStrategy
 from tests.storage.test_jobs import checkpoints, script
 from tests.support.cluster import JobOnNodes, on_nodes
-from tests.support.etcd import Etcd, require_etcd
+from tests.support.etcd import Etcd
 from tests.support.jobs import VOLATILE, Recorder, run_job
 from tests.support.models import Net, loader
 
 NODES, PER_NODE = 2, 2
-
-
-@pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[Etcd]:
-    require_etcd()
-    (tmp_path / "etcd").mkdir()
-    server = Etcd(tmp_path / "etcd")
-    yield server
-    server.stop()
 
 
 def job(directory: Path, etcd: Etcd, *, fsdp: bool, epochs: int, **options: Any) -> JobOnNodes:

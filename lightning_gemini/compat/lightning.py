@@ -159,7 +159,8 @@ def pass_sigterm_on(handlers: list[Callable[[int, Any], Any]]) -> None:
     """As if SIGTERM had arrived in this rank between two lines of its script."""
     for handler in handlers:
         handler(signal.SIGTERM, None)
-    signal.signal(signal.SIGTERM, _nothing)  # NeMo's puts the earlier one back, which is Lightning's
+    if handlers:  # then this is the main thread; NeMo's puts the earlier one back, which is Lightning's
+        signal.signal(signal.SIGTERM, _nothing)
 
 
 def _nothing(number: int, frame: Any) -> None:

@@ -195,7 +195,11 @@ class LocalState:
             if saved and not compat.is_clock(callback):
                 callback.load_state_dict(saved)
             vars(callback).update({name: initial[name] for name in unchanged if name in initial} | changed)
-        _require_as_many("learning rate schedulers", len(state["schedulers"]), len(trainer.lr_scheduler_configs))
+        if len(state["schedulers"]) != len(trainer.lr_scheduler_configs):
+            raise ValueError(
+                f"the state was saved with {len(state['schedulers'])} learning rate schedulers, this job has "
+                f"{len(trainer.lr_scheduler_configs)}: give it as many, or begin anew (persistent.resume=never)"
+            )
         for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(saved)
         optimizers = compat.unwrap_optimizers(trainer)
@@ -239,13 +243,6 @@ class LocalState:
 
 def _name(callback: pl.Callback) -> str:
     return f"{type(callback).__module__}.{type(callback).__qualname__}"
-
-
-def _require_as_many(what: str, saved: int, mine: int) -> None:
-    if saved != mine:
-        raise ValueError(
-            f"the state was saved with {saved} {what}, this job has {mine}: give it as many, or begin anew (persistent.resume=never)"
-        )
 
 
 def _head_size(data: bytes) -> int:

@@ -102,7 +102,8 @@ class GeminiBase:
         return set()
 
     def has_donors(self) -> bool:
-        """Whether each rank's whole state is live in another rank of its node too, once the optimizers have made theirs."""
+        """Whether each rank's whole state is live in another rank of its node too, once the optimizers have made theirs: where a node has
+        another one."""
         return self.replicated
 
     def layout(self) -> Layout:

@@ -223,7 +223,7 @@ class Joining(Stepping):
         self.world.stand_still = self.engine.stand_still
         begins = self.landing is None or self.landing.first
         if begins and self.config.telemetry.banner and self.world.rank == 0:
-            banner.show(self.config, layout, of_node(need, memory.owned(), layout), self.has_donors())
+            banner.show(self.config, layout, of_node(need, memory.owned(), layout), layout.per_node > 1 and self.has_donors())
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """As Lightning's; the one before the loops start is where a replaced rank finds its place."""

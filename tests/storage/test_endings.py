@@ -99,3 +99,25 @@ def test_the_next_job_has_other_callbacks(tmp_path: Path) -> None:
     assert "callbacks have changed since the checkpoint was written" in second.output
     assert "state of ['tests.storage.test_endings.Asks'] is not used" in second.output
     same(job(tmp_path / "undisturbed", False), second)
+
+
+class Fails(pl.Callback):
+    """Once, in rank 1, between two steps: it enters `fit` again in its process."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        marker = Path(trainer.default_root_dir) / "failed"
+        if trainer.global_step == 1 and trainer.global_rank == 1 and not marker.exists():
+            marker.touch()
+            raise RuntimeError("injected")
+
+
+def test_a_rank_that_has_entered_fit_again_calls_the_scripts_handler_too(tmp_path: Path) -> None:
+    train = script(tmp_path, False, Fails, Asks)
+
+    def handled() -> None:
+        signal.signal(signal.SIGTERM, lambda *_: (tmp_path / f"handled-{os.getpid()}").touch())
+        train()
+
+    result = run_job(tmp_path, handled, WORLD)
+    assert result.exit_status == 143 and len(result.recoveries) == 1 and (tmp_path / "failed").exists(), result.output
+    assert len(list(tmp_path.glob("handled-*"))) == WORLD

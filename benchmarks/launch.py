@@ -71,13 +71,20 @@ def running(directory: Path, command: list[str]) -> Iterator[subprocess.Popen[by
         process.wait()
 
 
-def run(directory: Path, command: list[str], timeout_s: float, gates: Sequence[int] = (), ready: Callable[[], bool] = lambda: True) -> None:
+def run(
+    directory: Path,
+    command: list[str],
+    timeout_s: float,
+    gates: Sequence[int] = (),
+    ready: Callable[[], bool] = lambda: True,
+    world: int = WORLD,
+) -> None:
     """Run a job to its end, opening each gate as soon as `ready`. Raises with the job's last words when it fails or hangs."""
     deadline, stalled = time.monotonic() + timeout_s, time.monotonic() + _GATE_S
     with running(directory, command) as process:
         waiting = list(gates)
         while process.poll() is None:
-            if waiting and passed(directory, waiting[0]) and ready():
+            if waiting and passed(directory, waiting[0], world) and ready():
                 (directory / f"go-{waiting.pop(0)}").touch()
                 stalled = time.monotonic() + _GATE_S
             if time.monotonic() > min(deadline, stalled if waiting else deadline):
@@ -92,9 +99,9 @@ def tail(directory: Path) -> str:
     return (directory / "output.txt").read_text(errors="replace")[-3000:]
 
 
-def passed(directory: Path, step: int) -> bool:
+def passed(directory: Path, step: int, world: int = WORLD) -> bool:
     """Whether all ranks have completed `step` steps, so that they wait at its gate."""
-    return all(any(done.step >= step for done in steps(directory, rank)) for rank in range(WORLD))
+    return all(any(done.step >= step for done in steps(directory, rank)) for rank in range(world))
 
 
 def steps(directory: Path, rank: int) -> list[Step]:
@@ -124,10 +131,10 @@ def injected(directory: Path) -> dict[int, int]:
     return found
 
 
-def recovery_seconds(directory: Path) -> list[float]:
+def recovery_seconds(directory: Path, world: int = WORLD) -> list[float]:
     """For each fault, by step: from its moment until every rank has completed the step it struck, which no rank had completed before."""
     found = []
     for step, fault_ns in sorted(injected(directory).items()):
-        done = [min(d.at_ns for d in steps(directory, rank) if d.step > step and d.at_ns > fault_ns) for rank in range(WORLD)]
+        done = [min(d.at_ns for d in steps(directory, rank) if d.step > step and d.at_ns > fault_ns) for rank in range(world)]
         found.append((max(done) - fault_ns) / 1e9)
     return found

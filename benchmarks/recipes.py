@@ -11,7 +11,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,18 +45,10 @@ class Recipe:
 
     def seconds(self, directory: Path, count: int) -> list[float]:
         """Of each fault, until all ranks have completed the step it struck."""
-        found = []
-        for step, fault_ns in sorted(launch.injected(directory).items()):
-            after = (launch.steps(directory, rank) for rank in range(self.ranks))
-            done = [min(d.at_ns for d in steps if d.step > step and d.at_ns > fault_ns) for steps in after]
-            found.append((max(done) - fault_ns) / 1e9)
+        found = launch.recovery_seconds(directory, self.ranks)
         if len(found) != count:
             raise RuntimeError(f"{count} faults were to be injected, {len(found)} were:\n{launch.tail(directory)}")
         return found
-
-    def stand_at(self, directory: Path, step: int) -> bool:
-        """Whether all ranks have completed `step` steps."""
-        return all(any(done.step >= step for done in launch.steps(directory, rank)) for rank in range(self.ranks))
 
 
 def struck(count: int) -> list[int]:
@@ -73,16 +64,7 @@ def ours(recipe: Recipe, directory: Path, kind: str, count: int) -> list[float]:
     recipe.tell(directory, gates)
     more = (f"trainer.strategy.faults=[{faults}]", f"trainer.strategy.telemetry.directory={directory}/gemini")
     command = recipe.command(directory, f"trainer.max_steps={steps[-1] + 3}", *recipe.ours, *more)
-    deadline = time.monotonic() + _LIMIT_S
-    with launch.running(directory, command) as process:
-        while process.poll() is None:
-            if gates and recipe.stand_at(directory, gates[0]) and launch.spare_ready(directory):
-                (directory / f"go-{gates.pop(0)}").touch()
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the job hangs (gates still closed: {gates}):\n{launch.tail(directory)}")
-            time.sleep(0.02)
-        if process.returncode:
-            raise RuntimeError(f"the job ended with status {process.returncode}:\n{launch.tail(directory)}")
+    launch.run(directory, command, _LIMIT_S, gates, lambda: launch.spare_ready(directory), recipe.ranks)
     return recipe.seconds(directory, count)
 
 
